@@ -1,0 +1,154 @@
+"""Segments as the model will see them: the chat format around the turns, and ids with the learnt part marked.
+
+Content and markup are encoded apart, so that no content can pose as a special token, and joined by ids.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import jinja2
+
+from job.formats import Segment
+from job.tokenizer import Tokenizer
+
+TURNS = ("system", "user", "assistant", "tool")
+PLAIN_TEMPLATE = {
+    "system": "{content}\n\n",
+    "user": "User: {content}\n",
+    "assistant": "Assistant: {content}",
+    "tool": "{content}\n",
+}
+"""For models that come without a chat template."""
+
+
+class Piece(NamedTuple):
+    """A stretch of the final text: markup or content, learnt or not."""
+
+    text: str
+    markup: bool
+    learn: bool
+
+
+class ChatFormat(Protocol):
+    """Puts markup around turns."""
+
+    name: str
+
+    def pieces(self, turns: Sequence[Segment]) -> list[Piece]:
+        """The turns with their markup; what ends a learnt turn is learnt with it."""
+
+
+class ModelChat:
+    """The chat template that came with the model.
+
+    The template is rendered with a placeholder for each content. It may strip contents (Llama 3 does), which a
+    placeholder wrapped in spaces shows.
+    """
+
+    name = "the model's chat template"
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        specials = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
+        self.end_of_turn = re.compile("|".join(specials) or r"(?!)")
+        self.eos = str(tokenizer.inner.eos_token)
+
+    def pieces(self, turns: Sequence[Segment]) -> list[Piece]:
+        messages = [{"role": turn.role, "content": f" \ue000{i}\ue001 "} for i, turn in enumerate(turns)]
+        try:
+            rendered = self.tokenizer.render(messages)
+        except (jinja2.TemplateError, TypeError) as fault:
+            raise ValueError(f"the model's chat template refuses these turns: {fault}") from fault
+        parts = re.split(r"( ?)\ue000(\d+)\ue001( ?)", rendered)
+        seen = [int(index) for index in parts[2::4]]
+        lost = [turn.role for i, turn in enumerate(turns) if turn.learn and i not in seen]
+        if lost:
+            raise ValueError("the model's chat template drops an assistant turn that is to be learnt")
+        pieces = [Piece(parts[0], True, False)]
+        for before, index, after, markup in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4], strict=True):
+            turn = turns[int(index)]
+            content = turn.content if before and after else turn.content.strip()
+            pieces.append(Piece(content, False, turn.learn))
+            last = int(index) == seen[-1]
+            pieces += self._after(markup, turn.learn, last)
+        return [piece for piece in pieces if piece.text or piece.learn]
+
+    def _after(self, markup: str, learn: bool, last: bool) -> list[Piece]:
+        """The markup behind a content; behind a learnt one, up to the end-of-turn token is learnt."""
+        if not learn:
+            return [Piece(markup, True, False)]
+        end = self.end_of_turn.search(markup)
+        if end:
+            return [Piece(markup[: end.end()], True, True), Piece(markup[end.end() :], True, False)]
+        return [Piece(markup, True, False), *([Piece(self.eos, True, True)] if last else [])]
+
+
+class RoleTemplates:
+    """Turns in templates with one {content} each; the model's eos ends every assistant turn."""
+
+    def __init__(self, templates: Mapping[str, str], eos: str, name: str = "data.template"):
+        self.templates, self.eos, self.name = templates, eos, name
+
+    def pieces(self, turns: Sequence[Segment]) -> list[Piece]:
+        pieces = []
+        for turn in turns:
+            before, _, after = self.templates.get(turn.role, PLAIN_TEMPLATE[turn.role]).partition("{content}")
+            pieces += [Piece(before, True, False), Piece(turn.content, False, turn.learn)]
+            if turn.role == "assistant":
+                ending, found, after = after.partition(self.eos)
+                if not found:
+                    ending, after = "", ending
+                pieces.append(Piece(ending + self.eos, True, turn.learn))
+            pieces.append(Piece(after, True, False))
+        return [piece for piece in pieces if piece.text or piece.learn]
+
+
+def chat_format(tokenizer: Tokenizer, template: Mapping[str, str] | None) -> ChatFormat:
+    """The user's role templates if there are any, else the model's own chat template, else plain roles."""
+    eos = str(tokenizer.inner.eos_token)
+    if template and "user" in template:
+        return RoleTemplates(template, eos)
+    if tokenizer.chat_template:
+        return ModelChat(tokenizer)
+    return RoleTemplates(PLAIN_TEMPLATE, eos, name="plain roles (the model has no chat template)")
+
+
+class Encoded(NamedTuple):
+    """Ids of one stretch and what it is."""
+
+    ids: list[int]
+    markup: bool
+    learn: bool
+
+
+def encode(segments: Sequence[Segment], tokenizer: Tokenizer, chat: ChatFormat) -> list[Encoded]:
+    """The whole row as stretches of ids, from bos to eos.
+
+    Raises:
+        ValueError: the chat format refuses the turns.
+    """
+    if segments[0].role in TURNS:
+        pieces = chat.pieces(segments)
+        own_bos = isinstance(chat, ModelChat)
+    else:
+        pieces = [Piece(part.content, part.role == "markup", part.learn) for part in segments]
+        pieces.append(Piece(str(tokenizer.inner.eos_token), True, segments[-1].learn))
+        own_bos = False
+    encoded = [] if own_bos or not tokenizer.prefix else [Encoded(tokenizer.prefix, True, False)]
+    for place, piece in enumerate(pieces):
+        turn_into_ids = tokenizer.markup if piece.markup else tokenizer.text
+        encoded.append(Encoded(turn_into_ids(piece.text, first=place == 0), piece.markup, piece.learn))
+    return encoded
+
+
+def prompt_ids(encoded: Sequence[Encoded]) -> list[int]:
+    """The ids before the last learnt content: what a model is given to answer, exactly as in training."""
+    answer = max(place for place, part in enumerate(encoded) if part.learn and not part.markup)
+    return [token for part in encoded[:answer] for token in part.ids]
+
+
+def stop_ids(encoded: Sequence[Encoded], eos: int) -> list[int]:
+    """Tokens that end an answer: eos, and what training showed as the end of a turn."""
+    ends = {part.ids[-1] for part in encoded if part.learn and part.markup and part.ids}
+    return sorted(ends | {eos})

@@ -1,0 +1,190 @@
+"""The command `qlora`. Heavy libraries are imported by the verb that needs them."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from job import __version__
+from job.errors import JobError
+
+app = typer.Typer(
+    name="qlora",
+    help="Fine-tune a language model with QLoRA: rows in a bucket go in, a tuned adapter comes out.\n\n"
+    "Start with: qlora data CONFIG (what will be learnt), then qlora train CONFIG, then qlora compare CONFIG. "
+    "Any setting can be given behind CONFIG as section.key=value; qlora config --explain train tells what there is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 75 interrupted, 130 second Ctrl-C.",
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run file, YAML; see configs/.")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that win over the file's.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Options in front of the verb; the deepspeed launcher puts --local_rank there."""
+    if version:
+        typer.echo(f"qlora {__version__}")
+        raise typer.Exit
+    context.obj = local_rank
+
+
+@app.command()
+def train(context: typer.Context, config: Config, settings: Settings = None) -> None:
+    """Fine-tune: write adapter, metrics and status under output.url.
+
+    Example: qlora train configs/smollm2-135m-demo.yaml train.max_steps=20
+    """
+    import os
+
+    settings_read = _load(config, settings)
+    from job.model import quiet_libraries
+    from job.train import train as run
+    from job.world import World
+
+    quiet_libraries()
+    world = World.from_env(os.environ, context.obj)
+    outcome = run(settings_read, world, _say if world.speaks else lambda line: None)
+    if not world.speaks:
+        return
+    if outcome.state == "already finished":
+        _say(f"This run is finished already ({outcome.step} steps). Adapter: {outcome.adapter_url}")
+        return
+    if outcome.eval_before is not None and outcome.eval_after is not None:
+        _say(f"evaluation loss: {outcome.eval_before:.4f} before, {outcome.eval_after:.4f} after {outcome.step} steps")
+    _say(f"adapter: {outcome.adapter_url}")
+
+
+@app.command()
+def data(
+    config: Config,
+    settings: Settings = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
+) -> None:
+    """Show rows as the model will see them, what is learnt, and what was dropped or cut and why.
+
+    Example: qlora data configs/smollm2-135m-demo.yaml --rows 5
+    """
+    run = _load(config, settings)
+    from rich.console import Console
+
+    from job.data import make_encoder, read_rows
+    from job.data.show import show_losses, show_rows
+    from job.model import fetch, quiet_libraries
+    from job.tokenizer import Tokenizer
+
+    quiet_libraries()
+    found = read_rows(run.data.train, run.storage)
+    tokenizer = Tokenizer(fetch(run.model, run.storage)[0], run.model.trust_remote_code)
+    encoder = make_encoder(run, tokenizer, found[0])
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"format {encoder.name}, {encoder.chat.name}; learnt text stands between ⟦ and ⟧", markup=False)
+    for line in (*show_rows(encoder, found, rows), *show_losses(encoder, found)):
+        console.print(line)
+
+
+@app.command()
+def compare(
+    config: Config,
+    settings: Settings = None,
+    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="Ask this; repeatable.")] = None,
+) -> None:
+    """Answer held-out rows, or your questions, with the base and with the adapter, side by side.
+
+    Example: qlora compare configs/smollm2-135m-demo.yaml -q "Order: two pears for Ann in Oslo."
+    """
+    run = _load(config, settings)
+    from rich.console import Console
+
+    from job.generate import Responder
+    from job.model import quiet_libraries
+    from job.report import answers_table, summary
+
+    quiet_libraries()
+    responder = Responder(run)
+    console = Console(highlight=False, markup=False)
+    answers = [responder.compare_question(text) for text in question or ()]
+    answers = answers or [responder.compare_row(row) for row in responder.held_out()]
+    console.print(answers_table(answers))
+    for line in summary(run):
+        console.print(line, soft_wrap=True)
+
+
+@app.command()
+def chat(config: Config, settings: Settings = None) -> None:
+    """Talk to the tuned model; an empty line or Ctrl-D ends it."""
+    run = _load(config, settings)
+    from job.formats import Segment
+    from job.generate import Responder
+    from job.model import quiet_libraries
+
+    quiet_libraries()
+    responder = Responder(run)
+    turns: list[Segment] = []
+    while question := _asked():
+        asked = responder.encoder.kind.ask(question)
+        answer = responder.chat([*turns, *asked])
+        typer.echo(answer)
+        if asked[-1].role == "assistant":  # formats without turns have no memory
+            turns += [*asked[:-1], asked[-1]._replace(content=answer, learn=False)]
+
+
+@app.command()
+def config(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of run files, for editors.")] = False,
+    explain: Annotated[str | None, typer.Option(metavar="KEY", help="A setting (lora.rank) or section (lora).")] = None,
+) -> None:
+    """Explain settings."""
+    import json
+
+    from job.config.explain import explain as explained
+    from job.config.explain import schema as made
+
+    if schema:
+        typer.echo(json.dumps(made(), indent=1))
+    elif explain:
+        typer.echo(explained(explain))
+    else:
+        raise typer.BadParameter("Give --schema or --explain KEY")
+
+
+def _load(path: str, settings: list[str] | None) -> Any:
+    from job.config import load_config, load_dotenv_file
+
+    load_dotenv_file()  # before any library reads HF_ENDPOINT or keys
+    read = load_config(path, settings or ())
+    if read.model.trust_remote_code:
+        _say("Warning: model.trust_remote_code runs Python code from the checkpoint with all your rights")
+    return read
+
+
+def _asked() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def main() -> None:
+    """Run the command; a refusal is one message and its exit code, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except JobError as fault:
+        typer.echo(f"{type(fault).__name__}: {fault}", err=True)
+        sys.exit(fault.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,198 @@
+"""Settings that say what is learnt, from what, and how: model, quantization, lora, data, evaluation, train.
+
+The sentence beneath a field is its documentation: what it is, its unit, what "off" means, and its rule (see `rules`).
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from job.config.rules import Extendable, Fixed, Free
+from job.config.section import Section, works_only
+
+
+class Model(Section):
+    """The pretrained model that is adapted."""
+
+    name: Fixed[str]
+    """Hub id (owner/name), folder or URL of a transformers checkpoint in safetensors. Required. Fixed."""
+    revision: Fixed[str | None] = None
+    """Branch, tag or commit of a hub id; off (null) is the default branch. Fixed."""
+    trust_remote_code: Fixed[bool] = False
+    """Run Python code that comes with the checkpoint, as you; off (false) refuses such models. Fixed."""
+    attention: Free[Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]] = "auto"
+    """Attention implementation, by transformers' names; auto is sdpa. Free."""
+
+
+class Quantization(Section):
+    """How the frozen base is stored."""
+
+    type: Fixed[Literal["nf4", "fp4", "int8", "none"]] = "nf4"
+    """nf4 and fp4 take 4 bits a weight (nf4 is the more exact for normal weights; same size), int8 takes 8;
+    off (none) keeps the compute dtype. Fixed."""
+    double_quant: Fixed[bool] = True
+    """Quantize the scales of the 4-bit blocks too: 0.127 instead of 0.5 bits a weight; off (false) keeps fp32
+    scales. Fixed."""
+    compute_dtype: Fixed[Literal["auto", "bf16", "fp16", "fp32"]] = "auto"
+    """Type in which weights are multiplied after dequantization; auto follows train.precision. Fixed."""
+
+
+class Lora(Section):
+    """The adapter: low-rank products beside the frozen linears (arXiv:2106.09685)."""
+
+    rank: Fixed[PositiveInt] = 16
+    """Rank r of each product B A. More learns more and costs more memory. Fixed."""
+    alpha: Fixed[int] = Field(default=32, gt=0)
+    """Numerator of the scale alpha / rank on each product (alpha / sqrt(rank) with rslora). Fixed."""
+    dropout: Fixed[float] = Field(default=0.05, ge=0, lt=1)
+    """Share of an adapter's inputs set to zero in training, 0 to 1; off is 0. Fixed."""
+    targets: Fixed[Literal["all"] | list[str]] = "all"
+    """Names of the linears that get an adapter, such as [q_proj, v_proj]; all means every linear except the
+    output layer. Fixed."""
+    bias: Fixed[Literal["none", "all", "lora_only"]] = "none"
+    """Which bias vectors are trained too, by peft's names; off is none. Fixed."""
+    rslora: Fixed[bool] = False
+    """Scale by alpha / sqrt(rank) (arXiv:2312.03732); off (false) is alpha / rank. Fixed."""
+    dora: Fixed[bool] = False
+    """Train a magnitude beside each direction (arXiv:2402.09353), slower; off (false) is plain LoRA. Fixed."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, targets: Literal["all"] | list[str]) -> Literal["all"] | list[str]:
+        if not targets:
+            raise ValueError("an empty list trains nothing. Name linears such as [q_proj, v_proj], or write all")
+        return targets
+
+
+class Data(Section):
+    """The rows and how they become sequences."""
+
+    train: Fixed[str | list[str]]
+    """File, glob, folder or URL of JSON, JSONL, Parquet or CSV (compressed too), or a hub id; a list joins
+    several. A split or slice follows a colon: owner/name:train[:1%]. Required. Fixed."""
+    format: Fixed[str] = "auto"
+    """alpaca, conversations, messages, prompt_completion, content_summary, text, template, or your own
+    module:function; auto recognises it from the fields and says so. Fixed."""
+    template: Fixed[dict[str, str] | None] = None
+    """Your own prompt: {prompt, completion} with {field} places, or {system, user, assistant} with {content};
+    [[...]] is left out when a field in it is empty. Off (null) is the model's chat format. Fixed."""
+    learn: Fixed[Literal["all", "last"]] = "all"
+    """Which assistant turns of a conversation are learnt: all, or only the last. Fixed."""
+    max_length: Fixed[PositiveInt] = 2048
+    """Longest sequence, in tokens. A longer row loses the middle of its prompt first. Fixed."""
+    packing: Fixed[bool] = True
+    """Put several rows into one sequence, isolated from each other; off (false) pads rows to the longest of
+    their batch. Fixed."""
+    streaming: Annotated[Free[bool], works_only(False, because="Rows are read before training")] = False
+    """Read rows while training instead of before; off (false) holds the tokens in memory. Free."""
+    workers: Free[PositiveInt] = 1
+    """Processes that turn rows into tokens; off is 1, this process. Free."""
+    shuffle: Fixed[bool] = True
+    """New order each epoch, a function of train.seed and epoch alone; off (false) keeps the file's order. Fixed."""
+
+    @model_validator(mode="after")
+    def _template_goes_with_format(self) -> Self:
+        if self.format == "template" and self.template is None:
+            raise ValueError("data.format: template needs data.template with prompt and completion")
+        return self
+
+    @field_validator("template")
+    @classmethod
+    def _known_template_parts(cls, template: dict[str, str] | None) -> dict[str, str] | None:
+        rows, turns = {"prompt", "completion"}, {"system", "user", "assistant"}
+        if template is None or set(template) == rows:
+            return template
+        if {"user", "assistant"} <= set(template) <= turns and all("{content}" in text for text in template.values()):
+            return template
+        raise ValueError(
+            f"has {', '.join(sorted(template)) or 'no parts'}. Give prompt and completion, "
+            "or user and assistant (and system), each with {content} in it"
+        )
+
+
+class Evaluation(Section):
+    """Loss on rows that are not trained on: before training, on the way, and after."""
+
+    file: Extendable[str | list[str] | None] = None
+    """Held-out rows, named as in data.train; off (null) leaves only evaluation.share. Extendable."""
+    share: Fixed[float] = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows that is held out instead of trained on, 0 to 1; off is 0. Fixed."""
+    every_steps: Extendable[PositiveInt | None] = None
+    """Steps between evaluations; off (null) evaluates before and after training only. Extendable."""
+    micro_batch_size: Free[PositiveInt] = 1
+    """Sequences a forward of the evaluation, on each rank. Free."""
+    keep_best: Extendable[bool] = False
+    """Write the adapter of the lowest evaluation loss instead of the last one; off is false. Extendable."""
+    patience: Extendable[PositiveInt | None] = None
+    """Stop after so many evaluations without a new lowest loss; off (null) never stops early. Extendable."""
+
+    @model_validator(mode="after")
+    def _rows_to_judge_by(self) -> Self:
+        if self.file is not None and self.share:
+            raise ValueError("evaluation.file and evaluation.share are both set. Keep one of them")
+        if (self.keep_best or self.patience) and self.file is None and not self.share:
+            raise ValueError("keep_best and patience need held-out rows. Set evaluation.file or evaluation.share")
+        return self
+
+
+class Train(Section):
+    """The optimisation."""
+
+    epochs: Extendable[float] = Field(default=3.0, gt=0)
+    """Passes over the rows; train.max_steps wins over it. Extendable."""
+    max_steps: Extendable[PositiveInt | None] = None
+    """Optimizer steps in all; off (null) counts train.epochs. Extendable."""
+    learning_rate: Fixed[float] = Field(default=2e-4, gt=0)
+    """Highest learning rate, reached after the warm-up. Fixed."""
+    schedule: Fixed[Literal["linear", "cosine", "constant"]] = "cosine"
+    """How the learning rate falls after the warm-up: to 0 by a line or half a cosine; off is constant. Fixed."""
+    warmup_steps: Fixed[float] = Field(default=0.03, ge=0)
+    """Steps of rising learning rate: below 1 a share of all steps, else their number; off is 0. Fixed."""
+    weight_decay: Fixed[float] = Field(default=0.0, ge=0)
+    """Decoupled weight decay of the adapter; off is 0. Fixed."""
+    max_grad_norm: Fixed[float] = Field(default=1.0, ge=0)
+    """Gradients with a larger global L2 norm are scaled down to it; off is 0. Fixed."""
+    global_batch_size: Fixed[PositiveInt] = 16
+    """Sequences a step over all ranks. Fixed."""
+    micro_batch_size: Free[PositiveInt] = 1
+    """Sequences a forward, on each rank. Gradient accumulation follows from it. Free."""
+    precision: Fixed[Literal["auto", "bf16", "fp16", "fp32"]] = "auto"
+    """Type of activations and frozen 16-bit weights; the optimizer works in fp32. fp16 scales the loss. auto is
+    bf16, or fp16 on a GPU without it. Fixed."""
+    optimizer: Fixed[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]] = "adamw"
+    """adamw is torch's; the others are bitsandbytes', with 8-bit moments, or pages that may leave the GPU. Fixed."""
+    recompute: Free[Literal["none", "full"]] = "full"
+    """full computes activations again in the backward pass, layer by layer: less memory, about a third more
+    work; off is none. Free."""
+    seed: Fixed[int] = Field(default=42, ge=0, lt=2**31)
+    """Seed of adapter initialisation, order and dropout. Fixed."""
+    base_compute: Annotated[
+        Fixed[Literal["bf16", "fp8"]], works_only("bf16", because="FP8 products on the frozen base are not there yet")
+    ] = "bf16"
+    """Products with the frozen base: bf16 means train.precision, fp8 row-scaled 8-bit floats. Fixed."""
+    max_hours: Annotated[
+        Extendable[float | None],
+        works_only(None, because="Stopping ahead of a time limit comes with checkpoints, which are not there yet"),
+    ] = Field(default=None, gt=0)
+    """Hours after which the run saves and stops; off (null) is no limit. Extendable."""
+    stop_grace_s: Annotated[
+        Free[int], works_only(120, because="A grace period comes with checkpoints, which are not there yet")
+    ] = Field(default=120, gt=0)
+    """Seconds that a stopping run may take for its save. Free."""
+
+
+class Generation(Section):
+    """How `compare` and `chat` answer."""
+
+    max_new_tokens: Free[PositiveInt] = 128
+    """Longest answer, in tokens. Free."""
+    temperature: Free[float] = Field(default=0.0, ge=0)
+    """Above 0 samples from the sharpened or flattened distribution; off (0) takes the likeliest token. Free."""
+    top_p: Free[float] = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this share of the probability; off is 1. Free."""
+    top_k: Free[int] = Field(default=0, ge=0)
+    """Sample from so many of the likeliest tokens; off is 0. Free."""
+    repetition_penalty: Free[float] = Field(default=1.0, ge=1)
+    """Divides the logits of tokens already there (arXiv:1909.05858); off is 1. Free."""
+    rows: Free[PositiveInt] = 6
+    """Held-out rows that `compare` asks when no question is given. Free."""

@@ -1,0 +1,133 @@
+"""From a YAML file and `section.key=value` words to a RunConfig, with every fault reported at once."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import dotenv
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from job.config.run import RunConfig
+from job.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 2e-4 is a number (YAML 1.1 wants 2.0e-4), a repeated key is a fault."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_dotenv_file(path: str = ".env") -> bool:
+    """Put the secrets of an .env file into the environment, where set variables win. True if there is one."""
+    return dotenv.load_dotenv(path, override=False)
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run file.
+
+    Args:
+        path: a YAML file.
+        overrides: words like `train.max_steps=20`; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or any setting is wrong; all faults in one message.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as fault:
+        raise ConfigError(
+            path, [f"cannot be read: {fault.strerror}. Give the path of a run file, see configs/"]
+        ) from fault
+    except UnicodeDecodeError as fault:
+        raise ConfigError(path, ["is no UTF-8 text. Give the path of a run file, see configs/"]) from fault
+    return parse_config(text, overrides, source=path)
+
+
+def parse_config(text: str, overrides: Iterable[str] = (), source: str = "the run file") -> RunConfig:
+    """Read a run file's text; see `load_config`."""
+    try:
+        values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as fault:
+        raise ConfigError(source, [f"is no valid YAML: {' '.join(str(fault).split())}"]) from fault
+    if not isinstance(values, dict):
+        raise ConfigError(source, ["is no mapping of sections such as model, data, output"])
+    faults = _apply(values, overrides)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as invalid:
+        faults += [_sentence(error) for error in invalid.errors()]
+    if faults:
+        raise ConfigError(source, faults)
+    return config
+
+
+def _apply(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Write the overrides into `values`; returns what is wrong with them."""
+    faults = []
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and section and name):
+            faults.append(f"{word}: is no setting. Write section.key=value, such as train.max_steps=20")
+            continue
+        if values.get(section) is None:
+            values[section] = {}
+        try:
+            values[section][name] = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, TypeError):
+            faults.append(f"{word}: the value is no valid YAML, or {section} is no section")
+    return faults
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """`section.key: what is wrong` in the words of this package."""
+    at = [str(part) for part in error["loc"]]
+    where = ".".join(at[:2])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown name. {suggest(at[-1], _names(at[:-1]))}"
+    if error["type"] == "missing":
+        return f"{where}: is required. {_required_hint(at)}"
+    if error["type"] == "value_error":
+        said = str(error["ctx"]["error"])
+        return f"{where}: {said}" if where else said
+    found = error["input"]
+    shown = type(found).__name__ if isinstance(found, (Mapping, BaseModel)) else repr(found)
+    return f"{where}: {shown} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """`Did you mean "rank"? Valid: alpha, rank.`"""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, 1)
+    return (f'Did you mean "{near[0]}"? ' if near else "") + f"Valid: {', '.join(names)}."
+
+
+def _names(section: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in section:
+        annotation = model.model_fields[part].annotation
+        model = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return list(model.model_fields)
+
+
+def _required_hint(at: list[str]) -> str:
+    return {
+        "model": "Write model: {name: owner/name or a folder}",
+        "data": "Write data: {train: rows.jsonl}",
+        "output": "Write output: {url: runs/first}",
+    }.get(at[0], "Give it a value") + "."

@@ -1,0 +1,165 @@
+"""Rows into tokens: format, chat encoding, truncation, and a count of what was lost on the way."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+
+from job.chat import ChatFormat, Encoded, encode
+from job.config.learning import Data
+from job.data.rows import Row
+from job.data.truncate import fit, windows
+from job.errors import DataError
+from job.formats import Format, Segment, learn_last, segments_of
+from job.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All sequences of a data set: `ids` (int32) and `learn` (bool) flat, sequence i at offsets[i]:offsets[i + 1].
+
+    `rows` says which row each came from; `fate` counts rows by what happened to them.
+    """
+
+    ids: np.ndarray
+    learn: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    fate: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens a sequence."""
+        return np.diff(self.offsets)
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(self.offsets[place], self.offsets[place + 1])
+        return self.ids[part], self.learn[part]
+
+    def select(self, places: Sequence[int]) -> "Tokens":
+        """The sequences at `places`, in that order."""
+        pairs = [self[place] for place in places]
+        return _tokens(
+            [list(ids) for ids, _ in pairs], [list(learn) for _, learn in pairs], self.rows[list(places)], self.fate
+        )
+
+
+class Encoder:
+    """Turns rows into learnable sequences of at most `data.max_length` tokens.
+
+    Args:
+        data: the settings.
+        kind, name: the format and its name.
+        tokenizer, chat: how text becomes ids.
+    """
+
+    def __init__(self, data: Data, kind: Format, name: str, tokenizer: Tokenizer, chat: ChatFormat):
+        self.data, self.kind, self.name, self.tokenizer, self.chat = data, kind, name, tokenizer, chat
+
+    def segments(self, row: Row) -> list[Segment]:
+        """The row's segments.
+
+        Raises:
+            DataError: fields are missing or wrong; names the row and what was found.
+        """
+        try:
+            segments = segments_of(self.kind, self.name, row.fields)
+        except ValueError as fault:
+            raise DataError(f"{row.where}: {fault}") from fault
+        return learn_last(segments) if self.data.learn == "last" else segments
+
+    def encode(self, row: Row) -> tuple[list[list[Encoded]], str]:
+        """The row's sequences, and its fate: kept, truncated: ..., split: ... or dropped: ..."""
+        segments = self.segments(row)
+        if not any(segment.learn and segment.content.strip() for segment in segments):
+            return [], "dropped: nothing to learn"
+        try:
+            parts = encode(segments, self.tokenizer, self.chat)
+        except ValueError as fault:
+            raise DataError(f"{row.where}: {fault}") from fault
+        limit = self.data.max_length
+        if _length(parts) <= limit:
+            return [parts], "kept"
+        if all(part.learn or part.markup for part in parts) and self.name == "text":
+            ids = [token for part in parts for token in part.ids]
+            return [[Encoded(window, False, True)] for window in windows(ids, limit)], "split: text over max_length"
+        shortened = self._without_old_turns(segments, limit)
+        cut = fit(shortened, limit)
+        if cut is None or not any(part.learn and part.ids for part in cut):
+            return [], "dropped: the chat format alone fills max_length"
+        return [cut], "truncated: over max_length"
+
+    def _without_old_turns(self, segments: list[Segment], limit: int) -> list[Encoded]:
+        """Leave out the oldest exchanges of a long conversation while that is enough; the last always stays."""
+        parts = encode(segments, self.tokenizer, self.chat)
+        while _length(parts) > limit:
+            users = [place for place, segment in enumerate(segments) if segment.role == "user"]
+            if len(users) < 2:
+                break
+            segments = segments[: users[0]] + segments[users[1] :]
+            parts = encode(segments, self.tokenizer, self.chat)
+        return parts
+
+    def encode_all(self, rows: Sequence[Row]) -> Tokens:
+        """All rows, with `data.workers` processes.
+
+        Raises:
+            DataError: a row cannot be used, or no row has anything to learn.
+        """
+        table = datasets.Dataset.from_dict(
+            {"where": [row.where for row in rows], "fields": [json.dumps(row.fields, default=str) for row in rows]}
+        )
+        datasets.disable_progress_bars()
+        workers = min(self.data.workers, len(rows))
+        done = table.map(
+            self._encode_batch,
+            batched=True,
+            with_indices=True,
+            keep_in_memory=True,
+            remove_columns=["where", "fields"],
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint="tokens",
+        )
+        kept = [place for place, ids in enumerate(done["ids"]) if ids]
+        if not kept:
+            raise DataError(f"none of the {len(rows)} rows has anything to learn: {_listed(Counter(done['fate']))}")
+        columns = done.select(kept)
+        fate = Counter(fate for fate in done["fate"] if fate)
+        return _tokens(columns["ids"], columns["learn"], np.array(columns["row"]), fate)
+
+    def _encode_batch(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {"ids": [], "learn": [], "row": [], "fate": []}
+        for index, where, fields in zip(indices, batch["where"], batch["fields"], strict=True):
+            sequences, fate = self.encode(Row(where, json.loads(fields)))
+            for number, parts in enumerate(sequences or [[]]):
+                out["ids"].append([token for part in parts for token in part.ids])
+                out["learn"].append([part.learn for part in parts for _ in part.ids])
+                out["row"].append(index)
+                out["fate"].append("" if number else fate)
+        return out
+
+
+def _length(parts: Sequence[Encoded]) -> int:
+    return sum(len(part.ids) for part in parts)
+
+
+def _tokens(ids: Sequence[list[int]], learn: Sequence[list[bool]], rows: np.ndarray, fate: Counter[str]) -> Tokens:
+    offsets = np.cumsum([0, *map(len, ids)])
+    return Tokens(
+        np.fromiter((token for part in ids for token in part), np.int32, offsets[-1]),
+        np.fromiter((mark for part in learn for mark in part), bool, offsets[-1]),
+        offsets,
+        rows,
+        fate,
+    )
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.most_common())

@@ -1,0 +1,102 @@
+"""From settings to the training and held-out data of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from job.chat import chat_format
+from job.config import RunConfig
+from job.data.batches import Batches
+from job.data.encode import Encoder
+from job.data.rows import Row, read_rows
+from job.errors import DataError, InputError
+from job.formats import format_of
+from job.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A run's rows, encoded; `held_out` is None without evaluation."""
+
+    encoder: Encoder
+    train_rows: Sequence[Row]
+    held_out_rows: Sequence[Row]
+    train: Batches
+    held_out: Batches | None
+
+    def report(self) -> list[str]:
+        """What was read, as what, and what was lost, in sentences."""
+        named = [("train", self.train_rows, self.train)]
+        if self.held_out is not None:
+            named.append(("held out", self.held_out_rows, self.held_out))
+        lines = [f"format {self.encoder.name}, {self.encoder.chat.name}"]
+        for name, rows, batches in named:
+            lengths = batches.tokens.lengths
+            fates = ", ".join(f"{number} {fate}" for fate, number in sorted(batches.tokens.fate.items()))
+            sequences = len(batches.epoch(0))
+            lines.append(
+                f"{name}: {len(rows)} rows ({fates}), {int(lengths.sum()):,} tokens, longest {int(lengths.max())}, "
+                f"{sequences} sequences"
+            )
+        return lines
+
+
+def load_dataset(config: RunConfig, tokenizer: Tokenizer) -> Dataset:
+    """Read, encode and divide the rows.
+
+    Raises:
+        DataError: a source is missing, broken or empty, or a row lacks fields; names file, row and fields.
+    """
+    rows = read_rows(config.data.train, config.storage)
+    held_out: Sequence[Row] = []
+    if config.evaluation.file is not None:
+        held_out = read_rows(config.evaluation.file, config.storage)
+    elif config.evaluation.share:
+        rows, held_out = split_rows(rows, config.evaluation.share, config.train.seed)
+    encoder = make_encoder(config, tokenizer, rows[0])
+    return Dataset(
+        encoder,
+        rows,
+        held_out,
+        _batches(config, encoder, rows, "data.train"),
+        _batches(config, encoder, held_out, "evaluation") if held_out else None,
+    )
+
+
+def make_encoder(config: RunConfig, tokenizer: Tokenizer, first: Row) -> Encoder:
+    """The encoder for rows like `first`.
+
+    Raises:
+        InputError: the format is unknown or cannot be recognised.
+    """
+    try:
+        name, kind = format_of(config.data.format, config.data.template, first.fields)
+    except InputError as fault:
+        raise DataError(f"{first.where}: {fault}") from fault
+    return Encoder(config.data, kind, name, tokenizer, chat_format(tokenizer, config.data.template))
+
+
+def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows): a random share, a function of `seed` alone; both keep the file's order.
+
+    Raises:
+        DataError: one of the two would be empty.
+    """
+    count = round(len(rows) * share)
+    if not 0 < count < len(rows):
+        raise DataError(
+            f"evaluation.share: {share} of {len(rows)} rows holds out {count}, expected at least 1 and fewer than all. "
+            "Change the share, or give evaluation.file"
+        )
+    held = set(np.random.default_rng((seed, 2**31)).permutation(len(rows))[:count].tolist())
+    return [row for place, row in enumerate(rows) if place not in held], [rows[place] for place in sorted(held)]
+
+
+def _batches(config: RunConfig, encoder: Encoder, rows: Sequence[Row], name: str) -> Batches:
+    try:
+        tokens = encoder.encode_all(rows)
+    except DataError as fault:
+        raise DataError(f"{name}: {fault}") from fault
+    data, train = config.data, config.train
+    return Batches(tokens, data.max_length, data.packing, data.shuffle, train.seed, train.global_batch_size)

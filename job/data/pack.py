@@ -1,0 +1,49 @@
+"""Which rows share a sequence, and in which order sequences come: pure functions of lengths, seed and epoch."""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+WINDOW = 1024
+"""Rows among which partners are looked for: enough to fill over 98% of the slots, few enough to stay shuffled."""
+
+
+def epoch_order(
+    lengths: Sequence[int] | np.ndarray, max_length: int, packing: bool, shuffle: bool, seed: int, epoch: int
+) -> list[list[int]]:
+    """The sequences of one epoch, each a list of row places.
+
+    Args:
+        lengths: tokens of every row.
+        max_length: slots of a sequence.
+        packing: several rows a sequence, or one.
+        shuffle, seed, epoch: rows are permuted by a generator seeded with (seed, epoch) alone.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    if not packing:
+        return [[int(row)] for row in order]
+    sequences = []
+    for start in range(0, len(order), WINDOW):
+        packed = _best_fit([int(row) for row in order[start : start + WINDOW]], lengths, max_length)
+        turn = generator.permutation(len(packed)) if shuffle else range(len(packed))
+        sequences += [packed[int(place)] for place in turn]
+    return sequences
+
+
+def _best_fit(rows: list[int], lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
+    """Best-fit decreasing: the longest row first, each into the fullest sequence that still has room."""
+    sequences: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free slots, sequence), sorted
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        length = int(lengths[row])
+        place = bisect.bisect_left(room, (length, -1))
+        if place == len(room):
+            free, sequence = max_length, len(sequences)
+            sequences.append([])
+        else:
+            free, sequence = room.pop(place)
+        sequences[sequence].append(row)
+        bisect.insort(room, (free - length, sequence))
+    return sequences

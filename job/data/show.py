@@ -1,0 +1,62 @@
+"""Rows as the model will see them, the learnt part marked, and what was lost."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from rich.text import Text
+
+from job.chat import Encoded
+from job.data.encode import Encoder
+from job.data.rows import Row
+from job.tokenizer import Tokenizer
+
+OPEN, CLOSE = "⟦", "⟧"
+LISTED = 10
+
+
+def show_rows(encoder: Encoder, rows: Sequence[Row], count: int) -> Iterator[Text]:
+    """The first `count` rows, decoded from the very ids that are trained on; learnt text is green, between ⟦ and ⟧."""
+    for row in rows[:count]:
+        sequences, fate = encoder.encode(row)
+        for parts in sequences:
+            learnt = sum(len(part.ids) for part in parts if part.learn)
+            tokens = sum(len(part.ids) for part in parts)
+            yield Text(f"{row.where}: {tokens} tokens, {learnt} learnt, {fate}", style="bold")
+            yield _marked(parts, encoder.tokenizer)
+        if not sequences:
+            yield Text(f"{row.where}: {fate}", style="bold red")
+
+
+def show_losses(encoder: Encoder, rows: Sequence[Row]) -> Iterator[Text]:
+    """Lengths of all rows, then the rows that were dropped or cut, and why."""
+    lengths, fates, named = [], Counter[str](), []
+    for row in rows:
+        sequences, fate = encoder.encode(row)
+        lengths += [sum(len(part.ids) for part in parts) for parts in sequences]
+        fates[fate] += 1
+        if fate != "kept":
+            named.append(f"  {row.where}: {fate}")
+    counted = ", ".join(f"{number} {fate}" for fate, number in fates.most_common())
+    yield Text(f"{len(rows)} rows: {counted}", style="bold")
+    if lengths:
+        shares = np.percentile(lengths, [0, 50, 90, 99, 100]).astype(int)
+        yield Text("tokens a row: shortest {}, median {}, 90% {}, 99% {}, longest {}".format(*shares))
+    for line in named[:LISTED]:
+        yield Text(line)
+    if len(named) > LISTED:
+        yield Text(f"  and {len(named) - LISTED} more")
+
+
+def _marked(parts: Sequence[Encoded], tokenizer: Tokenizer) -> Text:
+    text = Text()
+    learning = False
+    run: list[int] = []
+    for part in [*parts, None]:
+        learn = part.learn if part else False
+        if part is None or (learn != learning and part.ids):
+            decoded = tokenizer.decode(run)
+            text.append(f"{OPEN}{decoded}{CLOSE}" if learning else decoded, style="green" if learning else "")
+            run, learning = [], learn
+        run += part.ids if part else []
+    return text

@@ -1,0 +1,138 @@
+"""DeepSpeed's engine behind one door: connect, train a step, evaluate, gather."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from job.config.learning import Train
+from job.data import IGNORED, GlobalBatch, MicroBatch
+from job.dropout import Places
+from job.plan import Plan
+from job.world import World
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step was: `loss` a learnt token, `grad_norm` before clipping, `applied` false when fp16's
+    gradients overflowed and the step was left out."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+def connect(world: World, device: str) -> None:
+    """Open the process group; everything that communicates comes after this."""
+    deepspeed_logger.setLevel("ERROR")
+    if world.world_size == 1:
+        # one rank needs no address, and DeepSpeed's shared-memory operator would be compiled for nothing (30 s)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not dist.is_initialized():
+            alone = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", store=alone, rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: the peft model; only what requires gradients is trained.
+        places: told where the tokens of each micro-batch stand, for dropout.
+        plan: precision and batches.
+        train: optimizer settings.
+        world: this rank among its peers; `connect` has been called.
+    """
+
+    def __init__(self, model: Any, places: Places, plan: Plan, train: Train, world: World):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.inner, *_ = deepspeed.initialize(
+            model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
+        )
+        self.model, self.places, self.world, self.device = model, places, world, self.inner.device
+        base = model.get_base_model()
+        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def train_step(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], learning_rate: float) -> Step:
+        """One optimizer step on this rank's share of a global batch.
+
+        The loss is the sum over all learnt tokens of the batch over their global number. DeepSpeed averages
+        gradients over ranks, hence the factor world_size.
+        """
+        self.inner.train()
+        for group in self.inner.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        scale = self.world.world_size / max(batch.learnt, 1)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            self.inner.set_gradient_accumulation_boundary(number == len(micro_batches))
+            self.places.move(batch.step, micro_batch.rows, micro_batch.positions, self.device)
+            loss_sum = self._loss_sum(micro_batch)
+            total += loss_sum.detach()
+            self.inner.backward(loss_sum * scale, scale_wrt_gas=False)
+            self.inner.step()
+        self._sum_over_ranks(total)
+        norm = self.inner.get_global_grad_norm()
+        return Step(float(total) / max(batch.learnt, 1), float(norm or 0.0), bool(self.inner.was_step_applied()))
+
+    @torch.no_grad()
+    def evaluate(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch]) -> float:
+        """Mean loss over all learnt tokens of `batch`, of which this rank sees its micro-batches."""
+        self.inner.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro_batch in micro_batches:
+            total += self._loss_sum(micro_batch)
+        self._sum_over_ranks(total)
+        return float(total) / max(batch.learnt, 1)
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by name, whole, on the CPU, in the type the model computes with."""
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Sum of -log p over the learnt tokens, fp32; logits are made for learnt positions only."""
+        ids = torch.from_numpy(micro_batch.ids).long().to(self.device)
+        positions = torch.from_numpy(micro_batch.positions).long().to(self.device)
+        targets = torch.from_numpy(micro_batch.targets).long().to(self.device)
+        kept: dict[str, Any] = {}
+        if self.keeps_logits:
+            used = (targets != IGNORED).any(dim=0).nonzero().flatten()
+            used = used if used.numel() else torch.zeros(1, dtype=torch.long, device=self.device)
+            targets, kept = targets[:, used], {"logits_to_keep": used}
+        # neither a mask nor a cache: with either, transformers 5 lets packed rows see each other
+        logits = self.inner(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _sum_over_ranks(self, total: torch.Tensor) -> None:
+        if self.world.world_size > 1:
+            dist.all_reduce(total)
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    kinds: dict[str, Any] = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    }
+    made: torch.optim.Optimizer = kinds[train.optimizer](
+        parameters, lr=train.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=train.weight_decay
+    )
+    return made

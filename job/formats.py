@@ -1,0 +1,222 @@
+"""Rows of the usual data formats as role / content / learn segments. Nothing here knows a tokenizer.
+
+To add a format: one function from a row to segments, one line in FORMATS, one case in the test.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from job.errors import InputError
+
+Row = Mapping[str, Any]
+
+
+class Segment(NamedTuple):
+    """A stretch of text.
+
+    `role` is system, user, assistant or tool (a turn, put into the chat format), text (as it stands) or markup
+    (as it stands, and special tokens in it are special). `learn` marks what the loss is taken over.
+    """
+
+    role: str
+    content: str
+    learn: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of row: the fields it needs, and what they say."""
+
+    needs: tuple[str, ...]
+    segments: Callable[[Row], list[Segment]]
+    ask: Callable[[str], list[Segment]]
+    """A question as the segments of a row whose answer is still empty."""
+
+
+def _ask_chat(question: str) -> list[Segment]:
+    return [Segment("user", question), Segment("assistant", "", True)]
+
+
+def alpaca(row: Row) -> list[Segment]:
+    """{instruction, input, output}: input follows the instruction on a new line, when there is one."""
+    question = "\n".join(part for part in (_text(row, "instruction"), _text(row, "input", optional=True)) if part)
+    system = _text(row, "system", optional=True)
+    turns = [Segment("user", question), Segment("assistant", _text(row, "output"), True)]
+    return [Segment("system", system), *turns] if system else turns
+
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def turns_of(turns: Any) -> list[Segment]:
+    """A list of {role, content} or ShareGPT's {from, value}; assistant turns are learnt unless `learn` is false."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("expected a list of turns")
+    segments = []
+    for number, turn in enumerate(turns, 1):
+        said = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+        role = ROLES.get(str(said).lower())
+        if role is None:
+            raise ValueError(f"turn {number} has the role {said!r}, expected one of {', '.join(ROLES)}")
+        content = turn.get("content", turn.get("value"))
+        if isinstance(content, list):
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+        learn = role == "assistant" and bool(turn.get("learn", True))
+        segments.append(Segment(role, "" if content is None else str(content), learn))
+    return segments
+
+
+def _conversation(field: str) -> Callable[[Row], list[Segment]]:
+    def segments(row: Row) -> list[Segment]:
+        system = _text(row, "system", optional=True)
+        try:
+            turns = turns_of(row[field])
+        except ValueError as fault:
+            raise ValueError(f"{field}: {fault}") from fault
+        return [Segment("system", system), *turns] if system and turns[0].role != "system" else turns
+
+    return segments
+
+
+def prompt_completion(row: Row) -> list[Segment]:
+    """{prompt, completion}: joined as they stand (as TRL does), or both lists of messages."""
+    if isinstance(row["prompt"], list):
+        asked = [turn._replace(learn=False) for turn in turns_of(row["prompt"])]
+        return asked + turns_of(row["completion"])
+    return [Segment("text", _text(row, "prompt")), Segment("text", _text(row, "completion"), True)]
+
+
+def content_summary(row: Row) -> list[Segment]:
+    """AdvertiseGen's {content, summary}."""
+    return [Segment("user", _text(row, "content")), Segment("assistant", _text(row, "summary"), True)]
+
+
+def text(row: Row) -> list[Segment]:
+    """{text}: all of it is learnt."""
+    return [Segment("text", _text(row, "text"), True)]
+
+
+FORMATS = {
+    "alpaca": Format(("instruction", "output"), alpaca, _ask_chat),
+    "conversations": Format(("conversations",), _conversation("conversations"), _ask_chat),
+    "messages": Format(("messages",), _conversation("messages"), _ask_chat),
+    "prompt_completion": Format(
+        ("prompt", "completion"), prompt_completion, lambda q: [Segment("text", q), Segment("text", "", True)]
+    ),
+    "content_summary": Format(("content", "summary"), content_summary, _ask_chat),
+    "text": Format(("text",), text, lambda q: [Segment("text", q), Segment("text", "", True)]),
+}
+
+
+def template_format(template: Mapping[str, str]) -> Format:
+    """The user's own prompt: {field} is filled in, [[...]] is left out when a field in it is empty or missing."""
+    places = re.findall(r"\{(\w+)\}", template["prompt"] + template["completion"])
+    optional = re.findall(r"\{(\w+)\}", "".join(re.findall(r"\[\[(.*?)\]\]", template["prompt"], re.S)))
+    needs = tuple(dict.fromkeys(name for name in places if name not in optional))
+
+    def segments(row: Row) -> list[Segment]:
+        return _fill(template["prompt"], row) + [
+            part._replace(learn=True) for part in _fill(template["completion"], row)
+        ]
+
+    def ask(question: str) -> list[Segment]:
+        asked = next(iter(re.findall(r"\{(\w+)\}", template["prompt"])), "")
+        return [*_fill(template["prompt"], {asked: question}), Segment("text", "", True)]
+
+    return Format(needs, segments, ask)
+
+
+def _fill(pattern: str, row: Row) -> list[Segment]:
+    def keep(part: re.Match[str]) -> str:
+        full = all(_text(row, name, optional=True) for name in re.findall(r"\{(\w+)\}", part[1]))
+        return part[1] if full else ""
+
+    pattern = re.sub(r"\[\[(.*?)\]\]", keep, pattern, flags=re.S)
+    pieces = re.split(r"\{(\w+)\}", pattern)
+    markup = [Segment("markup", piece) for piece in pieces[::2]]
+    fields = [Segment("text", _text(row, name, optional=True)) for name in pieces[1::2]]
+    woven = [markup[0]]
+    for field, piece in zip(fields, markup[1:], strict=True):
+        woven += [field, piece]
+    return [segment for segment in woven if segment.content]
+
+
+def own_format(name: str) -> Format:
+    """The user's own function `module:function` from a row to a list of {role, content, learn} turns.
+
+    Raises:
+        InputError: there is no such module or function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as fault:
+        raise InputError(f"data.format: {name} cannot be imported ({fault}). Expected module:function") from fault
+    return Format((), lambda row: turns_of(made(dict(row))), _ask_chat)
+
+
+def format_of(name: str, template: Mapping[str, str] | None, first: Row) -> tuple[str, Format]:
+    """The format that `data.format` and `data.template` ask for, or that the first row shows, with its name.
+
+    Raises:
+        InputError: the name is unknown, or auto and no format has these fields.
+    """
+    if name == "template" or (name == "auto" and template and "prompt" in template):
+        return "template", template_format(template or {})
+    if ":" in name:
+        return name, own_format(name)
+    if name in FORMATS:
+        return name, FORMATS[name]
+    if name != "auto":
+        raise InputError(
+            f"data.format: {name} is unknown. Valid: auto, template, module:function, {', '.join(FORMATS)}"
+        )
+    for known, kind in FORMATS.items():
+        if all(field in first for field in kind.needs):
+            return known, kind
+    offers = "; ".join(f"{known}: {', '.join(kind.needs)}" for known, kind in FORMATS.items())
+    raise InputError(f"data.format: no format has the fields {', '.join(first)}. Set data.template, or use {offers}")
+
+
+def segments_of(kind: Format, name: str, row: Row) -> list[Segment]:
+    """The row's segments.
+
+    Raises:
+        ValueError: a field is missing or of the wrong kind; says which were found.
+    """
+    missing = [field for field in kind.needs if row.get(field) is None]
+    if missing:
+        found = ", ".join(key for key, value in row.items() if value is not None) or "no fields"
+        raise ValueError(
+            f"has {found}; the format {name} needs {', '.join(kind.needs)} (missing: {', '.join(missing)})"
+        )
+    return kind.segments(row)
+
+
+def learn_last(segments: Iterable[Segment]) -> list[Segment]:
+    """Only the last learnt segment stays learnt (`data.learn: last`)."""
+    kept = list(segments)
+    last = max((place for place, segment in enumerate(kept) if segment.learn), default=-1)
+    return [segment._replace(learn=place == last) for place, segment in enumerate(kept)]
+
+
+def _text(row: Row, name: str, optional: bool = False) -> str:
+    value = row.get(name)
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected text")
+    if value is None and not optional:
+        raise ValueError(f"{name} is missing")
+    return "" if value is None else str(value)

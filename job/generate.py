@@ -1,0 +1,125 @@
+"""Answers of the base and of the tuned model, to prompts encoded exactly as in training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from job import adapter
+from job.chat import chat_format, encode, prompt_ids, stop_ids
+from job.config import RunConfig
+from job.config.learning import Generation
+from job.data import Encoder, Row, make_encoder, read_rows
+from job.data.load import split_rows
+from job.formats import Segment
+from job.hardware import this_hardware
+from job.headers import read_headers
+from job.model import DTYPE, add_adapter, base_name, build, fetch, place, read_config, shares
+from job.plan import make_plan
+from job.run_folder import RunFolder
+from job.tokenizer import Tokenizer
+from job.weights import stream
+from job.world import World
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One question with what was wanted (empty when unknown) and what base and tuned model say."""
+
+    question: str
+    wanted: str
+    base: str
+    tuned: str
+
+
+class Responder:
+    """The quantized base with the run's adapter, on the GPU when there is one.
+
+    Args:
+        config: the run's settings; the adapter is read from output.url.
+
+    Raises:
+        InputError: there is no model, no data, or no adapter that fits.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        run = RunFolder(config)
+        hardware = this_hardware(0)
+        files, checkpoint = fetch(config.model, config.storage)
+        architecture = read_config(files, config.model)
+        plan = make_plan(config, World(), hardware, architecture.model_type)
+        self.device = hardware.device
+        self.tokenizer = Tokenizer(files, config.model.trust_remote_code)
+        first = read_rows(config.data.train, config.storage)[0]
+        self.encoder: Encoder = make_encoder(config, self.tokenizer, first)
+        base = build(architecture, config, plan.precision, plan.compute_dtype)
+        wanted = shares(base, read_headers(checkpoint), config.model.name)
+        dtype = DTYPE[plan.precision]
+        place(base, stream(checkpoint, wanted, config.quantization, dtype, self.device), self.device)
+        self.model: Any = add_adapter(base, config.lora, config.train.seed, base_name(config.model), dtype)[0]
+        adapter.load(self.model, run.store.child("adapter"))
+        self.model.eval()
+
+    def held_out(self) -> list[Row]:
+        """Rows to ask about: evenly spaced held-out ones, or training rows when none are held out."""
+        config = self.config
+        rows: Sequence[Row] = read_rows(config.evaluation.file or config.data.train, config.storage)
+        if config.evaluation.file is None and config.evaluation.share:
+            rows = split_rows(rows, config.evaluation.share, config.train.seed)[1]
+        count = min(config.generation.rows, len(rows))
+        return [rows[place * len(rows) // count] for place in range(count)]
+
+    def compare_row(self, row: Row) -> Answers:
+        """The answers to a row's last learnt turn."""
+        return self._compare(self.encoder.segments(row))
+
+    def compare_question(self, question: str) -> Answers:
+        """The answers to a question, put into the run's format."""
+        return self._compare(self.encoder.kind.ask(question))
+
+    def chat(self, turns: Sequence[Segment]) -> str:
+        """The tuned model's next turn; the last segment is the empty answer."""
+        return self._answer(turns, tuned=True)
+
+    def _compare(self, segments: Sequence[Segment]) -> Answers:
+        asked = [part.content for part in segments if part.role in ("user", "text") and not part.learn]
+        wanted = [part.content for part in segments if part.learn]
+        return Answers(
+            asked[-1] if asked else "",
+            wanted[-1] if wanted else "",
+            self._answer(segments, tuned=False),
+            self._answer(segments, tuned=True),
+        )
+
+    @torch.no_grad()
+    def _answer(self, segments: Sequence[Segment], tuned: bool) -> str:
+        encoded = encode(segments, self.tokenizer, chat_format(self.tokenizer, self.config.data.template))
+        ids = torch.tensor([prompt_ids(encoded)], device=self.device)
+        how = _sampling(self.config.generation) | {
+            "eos_token_id": stop_ids(encoded, self.tokenizer.eos),
+            "pad_token_id": self.tokenizer.eos,  # one sequence has no padding; transformers asks for it all the same
+        }
+        torch.manual_seed(self.config.train.seed)
+        if tuned:
+            out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        else:
+            with self.model.disable_adapter():
+                out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        return self.tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special=True).strip()
+
+
+def _sampling(generation: Generation) -> dict[str, Any]:
+    """transformers' names of the settings; temperature 0 is its greedy search."""
+    how: dict[str, Any] = {
+        "max_new_tokens": generation.max_new_tokens,
+        "repetition_penalty": generation.repetition_penalty,
+        "do_sample": generation.temperature > 0,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+    if generation.temperature > 0:
+        how |= {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": generation.top_k}
+    return how

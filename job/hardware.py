@@ -1,0 +1,28 @@
+"""What this process computes on, asked of torch once."""
+
+import os
+
+import psutil
+import torch
+
+from job.world import Hardware
+
+
+def this_hardware(local_rank: int) -> Hardware:
+    """The GPU of this local rank, or the CPU when there is none."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        properties = torch.cuda.get_device_properties(local_rank)
+        bf16 = properties.major >= 8  # emulated below, at a fraction of the speed
+        return Hardware("cuda", properties.name, bf16, properties.total_memory / 2**30)
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    return Hardware("cpu", cores, True, psutil.virtual_memory().total / 2**30)
+
+
+def peak_memory_gib(device: str) -> float:
+    """Largest memory so far: allocated on the GPU, or resident in this process on a CPU, GiB."""
+    if device == "cuda":
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    with open("/proc/self/status") as status:
+        peak = next((line for line in status if line.startswith("VmHWM")), "VmHWM: 0 kB")
+    return int(peak.split()[1]) / 2**20

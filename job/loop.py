@@ -1,0 +1,126 @@
+"""The training loop and nothing else."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from job.config import RunConfig
+from job.data import Dataset, MicroBatch
+from job.engine import Engine, Step
+from job.errors import JobError
+from job.hardware import peak_memory_gib
+from job.plan import Plan
+from job.sinks import Metrics
+from job.world import World
+
+OnRow = Callable[[Metrics], None]
+
+
+@dataclass
+class Progress:
+    """How far a run got. `adapter` holds the trained tensors by name, the best ones when those are kept; `stopped`
+    says why training was enough before its last step, `interrupted` who asked for a stop."""
+
+    step: int = 0
+    first_eval: float | None = None
+    last_eval: float | None = None
+    best_eval: float = math.inf
+    evaluated_at: int = -1
+    worse: int = 0
+    adapter: dict[str, Any] = field(default_factory=dict)
+    stopped: str | None = None
+    interrupted: str | None = None
+
+
+def run(
+    engine: Engine,
+    data: Dataset,
+    plan: Plan,
+    config: RunConfig,
+    world: World,
+    on_row: OnRow,
+    stop: Callable[[], str | None],
+) -> Progress:
+    """Train `plan.steps` steps.
+
+    Args:
+        on_row: gets every row of metrics, on every rank equally often.
+        stop: asked between steps; a text ends the training there.
+
+    Raises:
+        JobError: the loss is not finite.
+    """
+    progress = Progress()
+    evaluate = _evaluator(engine, data, plan, config, world, on_row)
+    evaluate(progress)
+    every = config.evaluation.every_steps
+    for batch in data.train.from_step(0):
+        progress.stopped = _enough(progress, config)
+        progress.interrupted = stop()
+        if batch.step == plan.steps or progress.stopped or progress.interrupted:
+            break
+        begun = time.perf_counter()
+        rate = plan.learning_rate(batch.step)
+        micro_batches = data.train.share(batch, world.rank, world.world_size, plan.micro_batch_size)
+        step = engine.train_step(batch, micro_batches, rate)
+        progress.step = batch.step + 1
+        seconds = time.perf_counter() - begun
+        _refuse_infinite(step, progress.step)
+        on_row(
+            {
+                "step": progress.step,
+                "epoch": round(batch.epoch, 4),
+                "loss": step.loss,
+                "learning_rate": rate,
+                "grad_norm": step.grad_norm,
+                "tokens": batch.tokens,
+                "tokens_per_s": round(batch.tokens / seconds, 1),
+                "samples_per_s": round(batch.rows / seconds, 3),
+                "memory_gib": round(peak_memory_gib(plan.device), 3),
+            }
+        )
+        if every and progress.step % every == 0:
+            evaluate(progress)
+    if progress.evaluated_at != progress.step:
+        evaluate(progress)
+    progress.adapter = progress.adapter or engine.gather()
+    return progress
+
+
+def _evaluator(
+    engine: Engine, data: Dataset, plan: Plan, config: RunConfig, world: World, on_row: OnRow
+) -> Callable[[Progress], None]:
+    held_out = data.held_out
+    if held_out is None:
+        return lambda progress: None
+    everything = held_out.in_order()
+    mine: Sequence[MicroBatch] = held_out.share(
+        everything, world.rank, world.world_size, config.evaluation.micro_batch_size
+    )
+
+    def evaluate(progress: Progress) -> None:
+        loss = engine.evaluate(everything, mine)
+        on_row({"step": progress.step, "eval_loss": loss})
+        progress.first_eval = loss if progress.first_eval is None else progress.first_eval
+        progress.last_eval, progress.evaluated_at = loss, progress.step
+        better = loss < progress.best_eval
+        progress.worse = 0 if better else progress.worse + 1
+        progress.best_eval = min(loss, progress.best_eval)
+        if better and config.evaluation.keep_best and progress.step:
+            progress.adapter = engine.gather()
+
+    return evaluate
+
+
+def _enough(progress: Progress, config: RunConfig) -> str | None:
+    patience = config.evaluation.patience
+    if patience and progress.worse >= patience:
+        return f"early: {patience} evaluations without a lower loss than {progress.best_eval:.4f}"
+    return None
+
+
+def _refuse_infinite(step: Step, number: int) -> None:
+    if not math.isfinite(step.loss):
+        raise JobError(f"the loss of step {number} is {step.loss}. Lower train.learning_rate, or use bf16 or fp32")

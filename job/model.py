@@ -1,0 +1,289 @@
+"""The model: built without memory, filled from streamed pieces, with the adapter on top. The door to transformers."""
+
+import hashlib
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import huggingface_hub
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from job.config import RunConfig
+from job.config.learning import Lora, Model, Quantization
+from job.config.running import Storage
+from job.dropout import Places, RowDropout
+from job.errors import ConfigError, ModelError
+from job.headers import Tensor
+from job.store import Store, is_url, reason
+from job.weights import Piece, Share
+
+DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+IGNORED_TENSORS = ("rotary_emb.inv_freq",)
+"""Tensors of old checkpoints that newer code computes itself."""
+
+
+def fetch(model: Model, storage: Storage) -> tuple[str, Store]:
+    """A local folder with the model's small files, and the store its weights are streamed from.
+
+    Raises:
+        ModelError: no such folder, hub id or bucket, or it holds no model.
+    """
+    if is_url(model.name):
+        store = Store(model.name, storage)
+        folder = tempfile.mkdtemp(prefix="qlora-model-")
+        try:
+            wanted = [name for name in store.names() if any(Path(name).match(pattern) for pattern in SMALL_FILES)]
+            for name in wanted:
+                Path(folder, name).write_bytes(store.read(name))
+        except Exception as fault:  # every driver has its own errors
+            raise ModelError(
+                f"model.name: {model.name}: {reason(fault)}. Check the URL and storage.endpoint"
+            ) from fault
+    elif Path(model.name).is_dir():
+        folder, store = model.name, Store(model.name)
+    else:
+        folder = _from_hub(model)
+        store = Store(folder)
+    if not Path(folder, "config.json").is_file():
+        raise ModelError(f"model.name: {model.name} has no config.json. Give a transformers checkpoint")
+    return folder, store
+
+
+def _from_hub(model: Model) -> str:
+    try:
+        return str(
+            huggingface_hub.snapshot_download(
+                model.name, revision=model.revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]
+            )
+        )
+    except Exception as fault:  # the hub's client raises many kinds
+        raise ModelError(
+            f"model.name: {model.name} is no folder here and cannot be had from the hub ({reason(fault)}). "
+            "Check the path, or the id and HF_TOKEN"
+        ) from fault
+
+
+def base_name(model: Model) -> str:
+    """What an adapter's config calls its base, so that it loads from anywhere: hub id, URL or absolute folder."""
+    return str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
+
+
+def read_config(folder: str, model: Model) -> Any:
+    """The checkpoint's transformers configuration.
+
+    Raises:
+        ModelError: it is unreadable, needs remote code that is not allowed, or is quantized already.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as fault:
+        raise ModelError(f"model.name: {model.name}: {' '.join(str(fault).split())[:300]}") from fault
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"model.name: {model.name} is quantized already. Give the 16-bit checkpoint it was made from")
+    return config
+
+
+def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> Any:
+    """The module on the meta device, its linears replaced by quantized ones, everything frozen.
+
+    Raises:
+        ModelError: transformers has no such architecture, or cannot use the attention asked for.
+    """
+    attention = "sdpa" if run.model.attention == "auto" else run.model.attention
+    try:
+        with torch.device("meta"):
+            model: Any = transformers.AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPE[precision],
+                attn_implementation=attention,
+                trust_remote_code=run.model.trust_remote_code,
+            )
+    except (ValueError, ImportError) as fault:
+        raise ModelError(f"model.name: {run.model.name}: {' '.join(str(fault).split())[:300]}") from fault
+    if run.quantization.type != "none":
+        keep = get_keys_to_not_convert(model)
+        replace_with_bnb_linear(model, keep, quantization_config=_bnb_config(run.quantization, compute_dtype))
+    model.requires_grad_(False)
+    _no_base_dropout(model)
+    return model
+
+
+def _bnb_config(quantization: Quantization, compute_dtype: str) -> transformers.BitsAndBytesConfig:
+    if quantization.type == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=DTYPE[compute_dtype],
+    )
+
+
+def _no_base_dropout(model: nn.Module) -> None:
+    """A frozen base has nothing to regularise, and its masks would depend on the order of random draws."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def shares(model: nn.Module, headers: dict[str, Tensor], name: str) -> list[Share]:
+    """What one rank that holds everything reads: each parameter whole, tied ones once.
+
+    Raises:
+        ModelError: the checkpoint lacks a parameter, or one has another shape, or tensors are left over.
+    """
+    wanted, faults = [], []
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    used = set()
+    for parameter, value in model.named_parameters(remove_duplicate=False):
+        tensor = headers.get(parameter)
+        if tensor is None and parameter in tied:
+            continue
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        quantize = isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and parameter.endswith(".weight")
+        shape = (module.out_features, module.in_features) if quantize else tuple(value.shape)
+        if tensor is None or tensor.shape != shape:
+            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+            faults.append(f"{parameter} {found}, expected shape {list(shape)}")
+            continue
+        used.add(parameter)
+        if parameter not in tied:
+            wanted.append(Share(parameter, tensor, 0, tensor.numel, quantize))
+    left = [key for key in headers if key not in used and not key.endswith(IGNORED_TENSORS)]
+    faults += [f"{key} is in the checkpoint but not in the model" for key in left]
+    if faults:
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ModelError(
+            f"model.name: the weights of {name} do not fit its config.json\n  " + "\n  ".join(faults[:5]) + more
+        )
+    return wanted
+
+
+def place(model: Any, pieces: Iterable[Piece], device: str) -> None:
+    """Fill the module with whole pieces, tie what is tied, compute what no checkpoint holds (rotary tables)."""
+    for piece in pieces:
+        path, _, leaf = piece.share.name.rpartition(".")
+        module = model.get_submodule(path)
+        module._parameters[leaf] = _parameter(module, piece)
+        if isinstance(module, bnb.nn.Linear4bit) and leaf == "weight":
+            module.quant_state = piece.state
+            # on CPUs with AVX512-BF16 an evaluation would repack the weight for good, and training after it gets no
+            # gradient (bitsandbytes 0.50)
+            module.support_avx512bf16_for_cpu = False
+    model.tie_weights()
+    for module in model.modules():
+        own = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if own:
+            for name, buffer in own.items():
+                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
+            model._init_weights(module)
+    meta = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
+    if meta:
+        raise ModelError(f"{meta[0]} got no value from the checkpoint. This architecture cannot be streamed yet")
+
+
+def _parameter(module: nn.Module, piece: Piece) -> Any:
+    if piece.state is not None:
+        return bnb.nn.Params4bit(
+            piece.data,
+            requires_grad=False,
+            quant_state=piece.state,
+            blocksize=piece.state.blocksize,
+            compress_statistics=piece.state.nested,
+            quant_type=piece.state.quant_type,
+            module=module,
+            bnb_quantized=True,
+        )
+    if piece.row_scale is not None:
+        return bnb.nn.Int8Params(piece.data, requires_grad=False, CB=piece.data, SCB=piece.row_scale)
+    return nn.Parameter(piece.data, requires_grad=False)
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last names of the linears that can get an adapter: all but the output layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = (nn.Linear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, transformers.pytorch_utils.Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, linears) and module is not head]
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
+    """The linears that get an adapter, by their last names.
+
+    Raises:
+        ConfigError: the model has no linear of that name; lists those it has.
+    """
+    there = linear_names(model)
+    if isinstance(targets, str):
+        return there
+    missing = [name for name in targets if name not in there]
+    if missing:
+        raise ConfigError(
+            "the settings for this model",
+            [f"lora.targets: {', '.join(missing)}: no such linear in this model. It has {', '.join(there)}"],
+        )
+    return list(targets)
+
+
+def add_adapter(model: Any, lora: Lora, seed: int, base_name: str, dtype: torch.dtype) -> tuple[Any, Places]:
+    """Put LoRA beside the target linears; returns the peft model and the places its dropout reads.
+
+    The initial values depend on `seed` and each parameter's name alone, not on device, ranks or order.
+    """
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora_targets(model, lora.targets),
+        bias=lora.bias,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted.peft_config["default"].base_model_name_or_path = base_name  # peft put the folder it was built from
+    places = Places(seed)
+    for name, module in adapted.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer) and lora.dropout:
+            module.lora_dropout["default"] = RowDropout(lora.dropout, name, places)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+            if ".lora_A." in name:
+                parameter.data.copy_(_kaiming(parameter.shape, f"{seed}:{name}"))
+    return adapted, places
+
+
+def _kaiming(shape: torch.Size, key: str) -> torch.Tensor:
+    """peft's initialisation of A: uniform within 1 / sqrt(in_features) (kaiming with a = sqrt(5))."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only each layer's input for the backward pass. Our dropout needs no random state to be restored."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})  # the first is the name since transformers 5.20
+
+
+def quiet_libraries() -> None:
+    """Leave warnings to those who call transformers and bitsandbytes themselves."""
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with suppress(AttributeError):
+        transformers.utils.logging.disable_progress_bar()

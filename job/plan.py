@@ -1,0 +1,135 @@
+"""The arithmetic that settings and machine imply: precision, batches, steps, learning rates, DeepSpeed's dictionary."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from job.config import RunConfig
+from job.errors import ConfigError
+from job.world import Hardware, World
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+FP16_OVERFLOWS = ("gemma", "gemma2", "gemma3", "gemma3_text")
+"""Model types whose activations exceed fp16's 65504, so that training in it diverges."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will go. `steps` is 0 until the rows are counted (see `with_steps`)."""
+
+    strategy: Literal["replicate"]
+    precision: Precision
+    compute_dtype: Precision
+    device: Literal["cpu", "cuda"]
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    peak_rate: float
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup: float
+    max_grad_norm: float
+    bucket: int | None
+    steps: int = 0
+    notes: tuple[str, ...] = ()
+
+    def with_steps(self, steps: int) -> Self:
+        """The same plan for so many optimizer steps."""
+        return replace(self, steps=steps)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of rising learning rate: a share of all steps below 1, else a number."""
+        return math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, 0 <= step < steps (transformers' schedules, one step ahead: the
+        first step already learns)."""
+        warmup = self.warmup_steps
+        if step < warmup:
+            return self.peak_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(self.steps - warmup, 1)
+        falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return self.peak_rate * falling[self.schedule]
+
+    def deepspeed(self) -> dict[str, Any]:
+        """The DeepSpeed configuration. Stage 1 keeps fp32 masters of the adapter and the base whole on every rank."""
+        zero: dict[str, Any] = {"stage": 1, "contiguous_gradients": True, "overlap_comm": False}
+        if self.bucket:
+            zero |= {"reduce_bucket_size": self.bucket, "allgather_bucket_size": self.bucket}
+        config: dict[str, Any] = {
+            "train_batch_size": self.global_batch_size,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+        }
+        if self.precision == "bf16":
+            config["bf16"] = {"enabled": True}
+        if self.precision == "fp16":
+            config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+        return config
+
+
+def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: str = "") -> Plan:
+    """Decide how the run goes on this machine.
+
+    Args:
+        model_type: transformers' name of the architecture, for what is known not to work in fp16.
+
+    Raises:
+        ConfigError: settings and machine do not go together; all faults at once.
+    """
+    train = config.train
+    faults: list[str] = []
+    precision, notes = _precision(config, hardware, model_type, faults)
+    one_round = train.micro_batch_size * world.world_size
+    if train.global_batch_size % one_round:
+        below = max(train.global_batch_size - train.global_batch_size % one_round, one_round)
+        faults.append(
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of {one_round} "
+            f"({train.micro_batch_size} per rank x {world.world_size} ranks). Try {below} or {below + one_round}"
+        )
+    if train.optimizer == "paged_adamw_8bit" and hardware.device == "cpu":
+        notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
+    if config.model.attention.startswith("flash") and hardware.device == "cpu":
+        faults.append(f"model.attention: {config.model.attention} needs a GPU. Use sdpa")
+    if faults:
+        raise ConfigError("the settings for this machine", faults)
+    wanted = config.quantization.compute_dtype
+    return Plan(
+        strategy="replicate",
+        precision=precision,
+        compute_dtype=precision if wanted == "auto" else wanted,
+        device=hardware.device,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=train.global_batch_size // one_round,
+        peak_rate=train.learning_rate,
+        schedule=train.schedule,
+        warmup=train.warmup_steps,
+        max_grad_norm=train.max_grad_norm,
+        bucket=config.parallel.bucket,
+        notes=tuple(notes),
+    )
+
+
+def _precision(
+    config: RunConfig, hardware: Hardware, model_type: str, faults: list[str]
+) -> tuple[Precision, list[str]]:
+    wanted = config.train.precision
+    precision: Precision = "bf16" if wanted == "auto" else wanted
+    notes = []
+    if precision == "bf16" and not hardware.bf16:
+        if wanted == "bf16":
+            faults.append(f"train.precision: {hardware.name} has no bf16. Use auto or fp16")
+        else:
+            precision = "fp16"
+            notes.append(f"{hardware.name} has no bf16: fp16 with loss scaling instead")
+    if precision == "fp16" and hardware.device == "cpu":
+        faults.append("train.precision: fp16 does not train on a CPU. Use auto, bf16 or fp32")
+    if precision == "fp16" and model_type in FP16_OVERFLOWS:
+        faults.append(f"train.precision: {model_type} overflows in fp16. Use bf16 on a GPU that has it, or fp32")
+    return precision, notes

@@ -1,0 +1,118 @@
+"""The run's folder under output.url: whose it is, what it was asked for, and how it stands."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import yaml
+
+from job.config import RunConfig, changes, parse_config
+from job.errors import OutputError
+from job.store import Store, reason
+
+STATUS, SETTINGS = "status.json", "run.yaml"
+State = Literal["running", "finished", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """status.json: the truth about a run, since launchers lose exit codes."""
+
+    state: State
+    reason: str
+    step: int
+    updated: str
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        config: the settings asked for.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        try:
+            self.store = Store(config.output.url, config.storage)
+            self.old = self._old_settings()
+            self.status = self._status()
+        except OutputError:
+            raise
+        except Exception as fault:  # every driver has its own errors
+            raise OutputError(
+                f"output.url: {config.output.url}: {reason(fault)}. Check the URL, the bucket and storage.endpoint"
+            ) from fault
+
+    def already_finished(self) -> bool:
+        """Whether this very run is done; False when the folder is new.
+
+        Raises:
+            OutputError: the folder holds a run with other settings, or one that is not finished.
+        """
+        if self.old is None:
+            self._refuse_foreign_files()
+            return False
+        url = self.config.output.url
+        differing = changes(self.old, self.config)
+        fixed = [change for change in differing if change.rule == "fixed"]
+        if fixed:
+            listed = "\n  ".join(map(str, fixed))
+            raise OutputError(
+                f"output.url: {url} holds a run with other fixed settings\n  {listed}\n"
+                "  Use another output.url, or set these back to what they were"
+            )
+        if self.status is None or self.status.state != "finished":
+            how = f"{self.status.state} at step {self.status.step}" if self.status else "without a status"
+            raise OutputError(
+                f"output.url: {url} holds an unfinished run ({how}), and this version cannot resume one. "
+                "Use another output.url, or delete the folder"
+            )
+        grown = [change for change in differing if change.key in ("train.epochs", "train.max_steps")]
+        if grown:
+            raise OutputError(
+                f"output.url: {url} holds a finished run\n  {grown[0]}\n"
+                "  This version cannot continue it. Use another output.url"
+            )
+        return True
+
+    def begin(self) -> None:
+        """Write run.yaml and the first status.
+
+        Raises:
+            OutputError: the URL cannot be written.
+        """
+        try:
+            self.store.write(
+                SETTINGS, yaml.safe_dump(self.config.model_dump(), sort_keys=False, allow_unicode=True).encode()
+            )
+            self.write_status("running", "", 0)
+        except Exception as fault:  # every driver has its own errors
+            raise OutputError(f"output.url: {self.config.output.url} cannot be written: {reason(fault)}") from fault
+
+    def write_status(self, state: State, why: str, step: int) -> None:
+        """Replace status.json."""
+        status = {
+            "state": state,
+            "reason": why,
+            "step": step,
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.store.write(STATUS, json.dumps(status, indent=1, ensure_ascii=False).encode())
+
+    def _refuse_foreign_files(self) -> None:
+        there = self.store.names()
+        if there:
+            raise OutputError(
+                f"output.url: {self.config.output.url} holds files that are no run ({', '.join(there[:5])}). "
+                "Use an empty or a new folder"
+            )
+
+    def _old_settings(self) -> RunConfig | None:
+        if not self.store.exists(SETTINGS):
+            return None
+        return parse_config(self.store.read(SETTINGS).decode(), source=f"{self.config.output.url}/{SETTINGS}")
+
+    def _status(self) -> Status | None:
+        return Status(**json.loads(self.store.read(STATUS))) if self.store.exists(STATUS) else None

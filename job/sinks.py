@@ -1,0 +1,129 @@
+"""Who hears about the progress: the console and metrics.jsonl. A new sink is one class with these three methods."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from job.store import Store
+
+Metrics = Mapping[str, float]
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Gets each row of metrics: training rows have `loss`, evaluation rows `eval_loss`; both have `step`."""
+
+    def start(self, run_name: str, steps: int) -> None:
+        """The run begins and will take so many steps."""
+
+    def row(self, row: Metrics) -> None:
+        """One row of metrics."""
+
+    def close(self) -> None:
+        """No more rows."""
+
+
+class ConsoleSink:
+    """A progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        every_steps: steps between plain lines.
+    """
+
+    def __init__(self, every_steps: int = 1, console: Console | None = None):
+        self.every_steps, self.console = every_steps, console or Console(file=sys.stderr)
+        self.bar: Progress | None = None
+        self.steps, self.begun, self.first = 0, 0.0, 0
+
+    def start(self, run_name: str, steps: int) -> None:
+        self.steps = steps
+        if self.console.is_terminal:
+            text = TextColumn("{task.fields[said]}")
+            self.bar = Progress(
+                TextColumn(run_name), BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), console=self.console
+            )
+            self.task = self.bar.add_task(run_name, total=steps, said="")
+            self.bar.start()
+
+    def row(self, row: Metrics) -> None:
+        step = int(row["step"])
+        if "eval_loss" in row:
+            self.console.print(f"step {step}: evaluation loss {row['eval_loss']:.4f}", highlight=False)
+            return
+        if not self.begun:
+            self.begun, self.first = time.monotonic(), step
+        said = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tok/s  {self._left(step)}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, said=said)
+        elif step % self.every_steps == 0 or step == self.steps:
+            self.console.print(f"step {step}/{self.steps}  {said}  lr {row['learning_rate']:.2e}", highlight=False)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def _left(self, step: int) -> str:
+        done = step - self.first
+        if not done:
+            return ""
+        seconds = round((time.monotonic() - self.begun) / done * (self.steps - step))
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+
+class JsonlSink:
+    """metrics.jsonl under output.url. Storage that cannot append gets parts, which are joined at the end.
+
+    Args:
+        store: the run's folder.
+        part_rows, part_s: a part is written after so many rows or seconds.
+    """
+
+    def __init__(self, store: Store, part_rows: int = 100, part_s: float = 60):
+        self.store, self.part_rows, self.part_s = store, part_rows, part_s
+        self.parts = store.child("metrics-parts")
+        self.lines: list[bytes] = []
+        self.waiting: list[bytes] = []
+        self.written = time.monotonic()
+
+    def start(self, run_name: str, steps: int) -> None:
+        self.written = time.monotonic()
+
+    def row(self, row: Metrics) -> None:
+        line = json.dumps({name: _finite(value) for name, value in row.items()}).encode() + b"\n"
+        if self.store.is_local:
+            self.store.append(METRICS, line)
+            return
+        self.lines.append(line)
+        self.waiting.append(line)
+        if len(self.waiting) >= self.part_rows or time.monotonic() - self.written > self.part_s:
+            self.parts.write(f"part-{len(self.lines):08d}.jsonl", b"".join(self.waiting))
+            self.waiting, self.written = [], time.monotonic()
+
+    def close(self) -> None:
+        if self.store.is_local or not self.lines:
+            return
+        self.store.write(METRICS, b"".join(self.lines))
+        for name in self.parts.names():
+            self.parts.remove(name)
+
+
+def read_metrics(store: Store) -> list[dict[str, float]]:
+    """All rows of metrics.jsonl, in order; empty when there is none."""
+    if not store.exists(METRICS):
+        return []
+    return [json.loads(line) for line in store.read(METRICS).splitlines() if line.strip()]
+
+
+def evaluations(rows: Sequence[Metrics]) -> list[tuple[int, float]]:
+    """(step, evaluation loss) of the evaluation rows."""
+    return [(int(row["step"]), row["eval_loss"]) for row in rows if "eval_loss" in row]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no infinity

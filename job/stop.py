@@ -1,0 +1,31 @@
+"""Asked to stop: the first signal sets a flag that the loop reads between steps, a second Ctrl-C exits at once."""
+
+import signal
+import sys
+from types import FrameType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Context manager; `asked` is the name of the signal that asked for a stop, or None."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+
+    def __enter__(self) -> Self:
+        self.before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT and sys.stdin.isatty():
+            raise KeyboardInterrupt
+        if not self.asked:
+            again = " Ctrl-C again exits at once, without it." if number == signal.SIGINT else ""
+            print(f"\nStopping after this step, the adapter will be written.{again}", file=sys.stderr, flush=True)
+        self.asked = signal.Signals(number).name

@@ -1,0 +1,141 @@
+"""The frozen base, streamed from its checkpoint and quantized on the way; never whole in host memory.
+
+A rank asks for its shares of the tensors (with one rank: all of each) and gets pieces whose bits equal those of
+bitsandbytes' quantization of the whole tensor. Nothing here knows modules or DeepSpeed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import bitsandbytes.functional as bnb
+import torch
+
+from job.config.learning import Quantization
+from job.headers import Tensor
+from job.store import Store
+
+BLOCK = 64
+"""Weights that share one scale (bitsandbytes' default, and the QLoRA paper's)."""
+NESTED_BLOCK = 256
+"""Scales that share one scale of their own under double quantization."""
+CHUNK = 1 << 25
+"""Elements read at once: 64 MiB of bf16. Whole blocks, so chunking never changes a scale."""
+
+TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+Exchange = Callable[[torch.Tensor], torch.Tensor]
+"""Gives every rank the scales of all ranks, in order; with one rank they are all there already."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements [start, stop) of a flattened checkpoint tensor, wanted under `name`, quantized or as they are."""
+
+    name: str
+    tensor: Tensor
+    start: int
+    stop: int
+    quantize: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became of a share.
+
+    `data` is packed uint8 [bytes, 1] with `state` for 4-bit, int8 [out, in] with `row_scale` [out] for int8, else
+    values in the compute dtype: the tensor's shape when the share is all of it, flat otherwise.
+    """
+
+    share: Share
+    data: torch.Tensor
+    state: bnb.QuantState | None = None
+    row_scale: torch.Tensor | None = None
+
+
+def stream(
+    store: Store,
+    shares: Iterable[Share],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: str,
+    exchange: Exchange = lambda absmax: absmax,
+) -> Iterator[Piece]:
+    """Read and quantize the shares one after the other; at most one share and one chunk are in memory.
+
+    Args:
+        store: the checkpoint folder.
+        shares: what this rank holds, in the same order on every rank (each quantized one is an exchange).
+        quantization: how to store what is to be quantized.
+        dtype: type of everything else, and what weights are rounded to before quantization (as transformers does).
+        device: where pieces are made.
+        exchange: how ranks share their scales.
+    """
+    for share in shares:
+        if not share.quantize or quantization.type == "none":
+            yield Piece(share, _plain(store, share, dtype, device))
+        elif quantization.type == "int8":
+            values = _plain(store, share, torch.float16, device)
+            data, row_scale, _ = bnb.int8_vectorwise_quant(values)
+            yield Piece(share, data, row_scale=row_scale)
+        else:
+            yield _four_bits(store, share, quantization, dtype, device, exchange)
+
+
+def _plain(store: Store, share: Share, dtype: torch.dtype, device: str) -> torch.Tensor:
+    flat = torch.empty(share.stop - share.start, dtype=dtype, device=device)
+    for start, stop in _chunks(share.start, share.stop):
+        flat[start - share.start : stop - share.start] = _read(store, share.tensor, start, stop).to(device, dtype)
+    return flat.view(share.tensor.shape) if flat.numel() == share.tensor.numel else flat
+
+
+def _four_bits(
+    store: Store, share: Share, quantization: Quantization, dtype: torch.dtype, device: str, exchange: Exchange
+) -> Piece:
+    kind: Literal["nf4", "fp4"] = "nf4" if quantization.type == "nf4" else "fp4"
+    tensor, numel = share.tensor, share.tensor.numel
+    wide_start = (
+        share.start - share.start % BLOCK
+    )  # a block has one scale: read the ones we share with neighbours whole
+    wide_stop = min(share.stop + -share.stop % BLOCK, numel)
+    packed, scales = [], []
+    for start, stop in _chunks(wide_start, wide_stop):
+        values = _read(store, tensor, start, stop).to(device, dtype)
+        codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, kind, torch.uint8)
+        packed.append(codes.view(-1))
+        scales.append(absmax)
+    bytes_wide, scales_wide = torch.cat(packed), torch.cat(scales)
+    skip = (share.start - wide_start) // 2
+    data = bytes_wide[skip : skip + (share.stop - share.start + 1) // 2].clone()
+    first, last = -(-share.start // BLOCK), -(-share.stop // BLOCK)  # blocks that begin in this share are its own
+    own = scales_wide[first - wide_start // BLOCK : last - wide_start // BLOCK]
+    return Piece(share, data.view(-1, 1), _state(exchange(own), tensor, kind, dtype, quantization.double_quant))
+
+
+def _state(absmax: torch.Tensor, tensor: Tensor, kind: str, dtype: torch.dtype, double: bool) -> bnb.QuantState:
+    """bitsandbytes' state of the whole tensor. Double quantization is around the mean of all its scales."""
+    about = {
+        "shape": torch.Size(tensor.shape),
+        "dtype": dtype,
+        "blocksize": BLOCK,
+        "code": bnb.get_4bit_type(kind, device=absmax.device),
+        "quant_type": kind,
+    }
+    if not double:
+        return bnb.QuantState(absmax=absmax, **about)
+    offset = absmax.mean()
+    nested, state2 = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    return bnb.QuantState(absmax=nested, offset=offset, state2=state2, **about)
+
+
+def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, CHUNK):
+        yield first, min(first + CHUNK, stop)
+
+
+def _read(store: Store, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of the flattened tensor, in the checkpoint's type, by one ranged read."""
+    raw = store.read(tensor.file, tensor.start + start * tensor.item_size, tensor.start + stop * tensor.item_size)
+    if len(raw) != (stop - start) * tensor.item_size:
+        raise OSError(f"{store.url}/{tensor.file} ends within {tensor.name}: the file is cut off. Copy it again")
+    return torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPE[tensor.dtype])

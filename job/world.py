@@ -1,0 +1,53 @@
+"""Where this process woke up: its rank among how many, the job it belongs to, the machine beneath it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from job.errors import InputError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a rank computes on; `memory_gib` is the device's memory, GiB."""
+
+    device: Literal["cpu", "cuda"]
+    name: str
+    bf16: bool
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers, as its launcher said through environment variables."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    job_id: str | None = None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], local_rank: int | None = None) -> Self:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed, accelerate, Ray) and SLURM_JOB_ID.
+
+        Args:
+            env: the environment; nothing else is looked at.
+            local_rank: what the deepspeed launcher passes as --local_rank; LOCAL_RANK wins.
+
+        Raises:
+            InputError: a variable is no number, or the numbers contradict each other.
+        """
+        numbers = {}
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", local_rank or 0)):
+            text = env.get(name, str(default))
+            if not text.isdigit():
+                raise InputError(f"The environment's {name} is {text!r}, expected a number. Unset it or use a launcher")
+            numbers[name] = int(text)
+        if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+            raise InputError(f"RANK is {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']}, expected less")
+        return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], env.get("SLURM_JOB_ID"))
+
+    @property
+    def speaks(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
