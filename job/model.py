@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -285,5 +286,7 @@ def quiet_libraries() -> None:
     """Leave warnings to those who call transformers and bitsandbytes themselves."""
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("transformers", "peft", "bitsandbytes", "deepspeed", "torch"):
+        warnings.filterwarnings("ignore", module=library)
     with suppress(AttributeError):
         transformers.utils.logging.disable_progress_bar()

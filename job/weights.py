@@ -82,6 +82,17 @@ def stream(
             yield _four_bits(store, share, quantization, dtype, device, exchange)
 
 
+def dequantized(pieces: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
+    """The same pieces as the values they stand for, [out, in]: what a product sees, at 16 bits a weight."""
+    for piece in pieces:
+        if piece.state is not None:
+            yield Piece(piece.share, bnb.dequantize_4bit(piece.data, piece.state).to(dtype))
+        elif piece.row_scale is not None:
+            yield Piece(piece.share, bnb.int8_vectorwise_dequant(piece.data, piece.row_scale).to(dtype))
+        else:
+            yield piece
+
+
 def _plain(store: Store, share: Share, dtype: torch.dtype, device: str) -> torch.Tensor:
     flat = torch.empty(share.stop - share.start, dtype=dtype, device=device)
     for start, stop in _chunks(share.start, share.stop):
