@@ -20,6 +20,8 @@ PLAIN_TEMPLATE = {
     "tool": "{content}\n",
 }
 """For models that come without a chat template."""
+_EDGE = "\u205f"
+"""A mathematical space, which str.strip and Jinja's trim remove."""
 
 
 class Piece(NamedTuple):
@@ -43,7 +45,8 @@ class ModelChat:
     """The chat template that came with the model.
 
     The template is rendered with a placeholder for each content. It may strip contents (Llama 3 does), which a
-    placeholder wrapped in spaces shows.
+    placeholder between two spaces of a kind that no markup has shows, for each side apart: Llama 2 puts the system
+    text in front of the first question and strips the whole.
     """
 
     name = "the model's chat template"
@@ -55,12 +58,12 @@ class ModelChat:
         self.eos = str(tokenizer.inner.eos_token)
 
     def pieces(self, turns: Sequence[Segment]) -> list[Piece]:
-        messages = [{"role": turn.role, "content": f" \ue000{i}\ue001 "} for i, turn in enumerate(turns)]
+        messages = [{"role": turn.role, "content": f"{_EDGE}\ue000{i}\ue001{_EDGE}"} for i, turn in enumerate(turns)]
         try:
             rendered = self.tokenizer.render(messages)
         except (jinja2.TemplateError, TypeError) as fault:
             raise ValueError(f"the model's chat template refuses these turns: {fault}") from fault
-        parts = re.split(r"( ?)\ue000(\d+)\ue001( ?)", rendered)
+        parts = re.split(f"({_EDGE}?)\ue000(\\d+)\ue001({_EDGE}?)", rendered)
         seen = [int(index) for index in parts[2::4]]
         lost = [turn.role for i, turn in enumerate(turns) if turn.learn and i not in seen]
         if lost:
@@ -68,7 +71,8 @@ class ModelChat:
         pieces = [Piece(parts[0], True, False)]
         for before, index, after, markup in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4], strict=True):
             turn = turns[int(index)]
-            content = turn.content if before and after else turn.content.strip()
+            content = turn.content if before else turn.content.lstrip()
+            content = content if after else content.rstrip()
             pieces.append(Piece(content, False, turn.learn))
             last = int(index) == seen[-1]
             pieces += self._after(markup, turn.learn, last)

@@ -2,9 +2,9 @@
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from job.config.learning import Train
 from job.data import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
+from job.errors import JobError
 from job.plan import Plan
 from job.world import World
 
@@ -21,6 +22,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,34 @@ class Step:
 def connect(world: World, device: str) -> None:
     """Open the process group; everything that communicates comes after this."""
     deepspeed_logger.setLevel("ERROR")
-    if world.world_size == 1:
-        # one rank needs no address, and DeepSpeed's shared-memory operator would be compiled for nothing (30 s)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():
-            alone = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", store=alone, rank=0, world_size=1)
+    # gloo reduces the few megabytes of an adapter as well as DeepSpeed's shared-memory operator, which takes 30 s to
+    # compile at its first use
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.world_size == 1 and not dist.is_initialized():
+        alone = dist.HashStore()  # type: ignore[attr-defined]  # one rank needs no address
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=alone, rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+
+
+def on_first_rank(world: World, decide: Callable[[], T]) -> T:
+    """What `decide` gives on rank 0, on every rank; its refusal is every rank's refusal.
+
+    Raises:
+        JobError: what `decide` raised.
+    """
+    verdict: list[Any] = [None, None]
+    if world.rank == 0:
+        try:
+            verdict[0] = decide()
+        except JobError as fault:
+            verdict[1] = fault
+    if world.world_size > 1:
+        dist.broadcast_object_list(verdict)
+    if verdict[1] is not None:
+        raise verdict[1]
+    decided: T = verdict[0]
+    return decided
 
 
 class Engine:

@@ -4,7 +4,9 @@ To add a format: one function from a row to segments, one line in FORMATS, one c
 """
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -123,9 +125,8 @@ FORMATS = {
 
 def template_format(template: Mapping[str, str]) -> Format:
     """The user's own prompt: {field} is filled in, [[...]] is left out when a field in it is empty or missing."""
-    places = re.findall(r"\{(\w+)\}", template["prompt"] + template["completion"])
-    optional = re.findall(r"\{(\w+)\}", "".join(re.findall(r"\[\[(.*?)\]\]", template["prompt"], re.S)))
-    needs = tuple(dict.fromkeys(name for name in places if name not in optional))
+    always = re.sub(r"\[\[.*?\]\]", "", template["prompt"] + template["completion"], flags=re.S)
+    needs = tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", always)))
 
     def segments(row: Row) -> list[Segment]:
         return _fill(template["prompt"], row) + [
@@ -157,15 +158,27 @@ def _fill(pattern: str, row: Row) -> list[Segment]:
 def own_format(name: str) -> Format:
     """The user's own function `module:function` from a row to a list of {role, content, learn} turns.
 
+    The module may lie in the current folder, which an installed command does not search by itself.
+
     Raises:
         InputError: there is no such module or function.
     """
     module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         made = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as fault:
+    except (ImportError, AttributeError, ValueError) as fault:
         raise InputError(f"data.format: {name} cannot be imported ({fault}). Expected module:function") from fault
-    return Format((), lambda row: turns_of(made(dict(row))), _ask_chat)
+
+    def segments(row: Row) -> list[Segment]:
+        try:
+            turns = made(dict(row))
+        except Exception as fault:  # the user's own code may raise anything
+            raise ValueError(f"has {', '.join(row)}; {name} failed with {type(fault).__name__}: {fault}") from fault
+        return turns_of(turns)
+
+    return Format((), segments, _ask_chat)
 
 
 def format_of(name: str, template: Mapping[str, str] | None, first: Row) -> tuple[str, Format]:

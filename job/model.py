@@ -1,6 +1,7 @@
 """The model: built without memory, filled from streamed pieces, with the adapter on top. The door to transformers."""
 
 import hashlib
+import json
 import logging
 import math
 import tempfile
@@ -86,6 +87,7 @@ def read_config(folder: str, model: Model) -> Any:
     Raises:
         ModelError: it is unreadable, needs remote code that is not allowed, or is quantized already.
     """
+    _refuse_remote_code(folder, model)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as fault:
@@ -93,6 +95,19 @@ def read_config(folder: str, model: Model) -> Any:
     if getattr(config, "quantization_config", None):
         raise ModelError(f"model.name: {model.name} is quantized already. Give the 16-bit checkpoint it was made from")
     return config
+
+
+def _refuse_remote_code(folder: str, model: Model) -> None:
+    try:
+        written = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise ModelError(f"model.name: {model.name}: config.json is damaged ({fault}). Copy it again") from fault
+    kind = written.get("model_type", "(none)")
+    if "auto_map" in written and kind not in transformers.CONFIG_MAPPING and not model.trust_remote_code:
+        raise ModelError(
+            f"model.name: {model.name} has the architecture {kind}, which transformers does not know, and brings Python "
+            "code for it, which is not run. Set model.trust_remote_code: true if you trust its authors"
+        )
 
 
 def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> Any:

@@ -43,8 +43,8 @@ class Plan:
         return math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, 0 <= step < steps (transformers' schedules, one step ahead: the
-        first step already learns)."""
+        """Learning rate of optimizer step `step`, 0 <= step < steps: transformers' schedules, with the warm-up
+        one step ahead so that the first step already learns."""
         warmup = self.warmup_steps
         if step < warmup:
             return self.peak_rate * (step + 1) / warmup

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from job import adapter, loop
 from job.config import RunConfig
 from job.data import Dataset, load_dataset
-from job.engine import Engine, connect
+from job.engine import Engine, connect, on_first_rank
 from job.errors import Interrupted, JobError, ModelError
 from job.hardware import this_hardware
 from job.headers import read_headers
@@ -58,11 +58,12 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         Interrupted: a signal asked to stop; the adapter of that step was written.
         JobError: the training failed; status.json says why.
     """
+    hardware = this_hardware(world.local_rank)
+    connect(world, hardware.device)
     run = RunFolder(config)
-    if run.already_finished():
+    if on_first_rank(world, run.already_finished):
         done = run.status.step if run.status else 0
         return Outcome("already finished", done, None, None, f"{run.store.url}/adapter")
-    hardware = this_hardware(world.local_rank)
     files, checkpoint = fetch(config.model, config.storage)
     architecture = read_config(files, config.model)
     plan = make_plan(config, world, hardware, architecture.model_type)
@@ -77,7 +78,6 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         say(line)
 
     with _recorded(run, world) as record, StopRequest() as stop:
-        connect(world, hardware.device)
         dtype = DTYPE[plan.precision]
         place(skeleton, stream(checkpoint, wanted, config.quantization, dtype, hardware.device), hardware.device)
         model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)

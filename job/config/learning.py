@@ -11,6 +11,13 @@ from job.config.rules import Extendable, Fixed, Free
 from job.config.section import Section, works_only
 
 
+def _named(sources: str | list[str]) -> str | list[str]:
+    """The sources as they are, when each has a name: an empty one would be the current folder."""
+    if not sources or not all(source.strip() for source in sources):
+        raise ValueError("names nothing. Give a file, glob, folder, URL or hub id, or a list of them")
+    return sources
+
+
 class Model(Section):
     """The pretrained model that is adapted."""
 
@@ -90,9 +97,14 @@ class Data(Section):
     shuffle: Fixed[bool] = True
     """New order each epoch, a function of train.seed and epoch alone; off (false) keeps the file's order. Fixed."""
 
+    @field_validator("train")
+    @classmethod
+    def _some_source(cls, train: str | list[str]) -> str | list[str]:
+        return _named(train)
+
     @model_validator(mode="after")
     def _template_goes_with_format(self) -> Self:
-        if self.format == "template" and self.template is None:
+        if self.format == "template" and "prompt" not in (self.template or {}):
             raise ValueError("data.format: template needs data.template with prompt and completion")
         return self
 
@@ -125,6 +137,11 @@ class Evaluation(Section):
     """Write the adapter of the lowest evaluation loss instead of the last one; off is false. Extendable."""
     patience: Extendable[PositiveInt | None] = None
     """Stop after so many evaluations without a new lowest loss; off (null) never stops early. Extendable."""
+
+    @field_validator("file")
+    @classmethod
+    def _some_source(cls, file: str | list[str] | None) -> str | list[str] | None:
+        return file if file is None else _named(file)
 
     @model_validator(mode="after")
     def _rows_to_judge_by(self) -> Self:
@@ -179,6 +196,16 @@ class Train(Section):
         Free[int], works_only(120, because="A grace period comes with checkpoints, which are not there yet")
     ] = Field(default=120, gt=0)
     """Seconds that a stopping run may take for its save. Free."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        whole, micro = self.global_batch_size, self.micro_batch_size
+        if whole % micro:
+            fits = f"{whole - whole % micro} or {whole - whole % micro + micro}" if whole > micro else str(micro)
+            raise ValueError(
+                f"train.global_batch_size: {whole} is not a multiple of micro_batch_size {micro}. Try {fits}"
+            )
+        return self
 
 
 class Generation(Section):

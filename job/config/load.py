@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +21,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):  # such as {{place}}, which is a mapping as a key
+                raise yaml.MarkedYAMLError(problem="a name is no plain text", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -67,10 +69,11 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "the ru
     if not isinstance(values, dict):
         raise ConfigError(source, ["is no mapping of sections such as model, data, output"])
     faults = _apply(values, overrides)
+    values = {name: section for name, section in values.items() if section is not None}  # all its lines commented out
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as invalid:
-        faults += [_sentence(error) for error in invalid.errors()]
+        faults += _sentences(invalid.errors())
     if faults:
         raise ConfigError(source, faults)
     return config
@@ -94,20 +97,39 @@ def _apply(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
     return faults
 
 
-def _sentence(error: ErrorDetails) -> str:
-    """`section.key: what is wrong` in the words of this package."""
+def _sentences(errors: Sequence[ErrorDetails]) -> list[str]:
+    """One sentence a fault, in the order of the settings.
+
+    pydantic reports every branch of a union such as `str | list[str]`: the ones that looked deepest count, and those
+    that found the same are one sentence.
+    """
+    depth: dict[tuple[int | str, ...], int] = {}
+    for error in errors:
+        depth[error["loc"][:2]] = max(depth.get(error["loc"][:2], 0), len(error["loc"]))
+    said: dict[str, str] = {}
+    for error in errors:
+        if len(error["loc"]) == depth[error["loc"][:2]]:
+            found, expected = _sentence(error)
+            said[found] = f"{said[found]} or {expected.removeprefix('input should be ')}" if found in said else expected
+    return [found + expected for found, expected in said.items()]
+
+
+def _sentence(error: ErrorDetails) -> tuple[str, str]:
+    """(`section.key: what was found`, what was expected) in the words of this package."""
     at = [str(part) for part in error["loc"]]
     where = ".".join(at[:2])
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown name. {suggest(at[-1], _names(at[:-1]))}"
+        return f"{where}: unknown name. ", suggest(at[-1], _names(at[:-1]))
     if error["type"] == "missing":
-        return f"{where}: is required. {_required_hint(at)}"
+        return f"{where}: is required. ", _required_hint(at)
     if error["type"] == "value_error":
-        said = str(error["ctx"]["error"])
-        return f"{where}: {said}" if where else said
+        fault = str(error["ctx"]["error"])
+        return "" if fault.startswith(f"{where}.") else f"{where}: ", fault
     found = error["input"]
     shown = type(found).__name__ if isinstance(found, (Mapping, BaseModel)) else repr(found)
-    return f"{where}: {shown} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "model_type":
+        return f"{where}: {shown} is no section. ", "Write its settings beneath it, indented"
+    return f"{where}: {shown} is wrong: ", error["msg"][0].lower() + error["msg"][1:]
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

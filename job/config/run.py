@@ -1,9 +1,7 @@
 """The whole run file as one value, and a walk over its fields."""
 
 from collections.abc import Iterator
-from typing import Self
 
-from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from job.config.learning import Data, Evaluation, Generation, Lora, Model, Quantization, Train
@@ -39,16 +37,6 @@ class RunConfig(Section):
     """Where the results go."""
     tracking: Tracking = Tracking()
     """Who hears about the progress."""
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
-        whole, micro = self.train.global_batch_size, self.train.micro_batch_size
-        if whole % micro:
-            fits = f"{whole - whole % micro} or {whole - whole % micro + micro}" if whole > micro else str(micro)
-            raise ValueError(
-                f"train.global_batch_size: {whole} is not a multiple of micro_batch_size {micro}. Try {fits}"
-            )
-        return self
 
     @property
     def run_name(self) -> str:

@@ -78,7 +78,7 @@ class Encoder:
     def encode(self, row: Row) -> tuple[list[list[Encoded]], str]:
         """The row's sequences, and its fate: kept, truncated: ..., split: ... or dropped: ..."""
         segments = self.segments(row)
-        if not any(segment.learn and segment.content.strip() for segment in segments):
+        if not any(part.learn and part.role != "markup" and part.content.strip() for part in segments):
             return [], "dropped: nothing to learn"
         try:
             parts = encode(segments, self.tokenizer, self.chat)
@@ -89,7 +89,8 @@ class Encoder:
             return [parts], "kept"
         if all(part.learn or part.markup for part in parts) and self.name == "text":
             ids = [token for part in parts for token in part.ids]
-            return [[Encoded(window, False, True)] for window in windows(ids, limit)], "split: text over max_length"
+            whole = [window for window in windows(ids, limit) if len(window) > 1]  # one token predicts nothing
+            return [[Encoded(window, False, True)] for window in whole], "split: text over max_length"
         shortened = self._without_old_turns(segments, limit)
         cut = fit(shortened, limit)
         if cut is None or not any(part.learn and part.ids for part in cut):

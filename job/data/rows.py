@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -111,7 +111,8 @@ def _read_file(url: str, storage: Storage) -> list[Row]:
         if kind == ".parquet":
             return _read_parquet(url, name, storage)
         with open_text(url, storage, newline="" if kind in (".csv", ".tsv") else None) as file:
-            return list(_read_table(file, name, kind) if kind in (".csv", ".tsv") else _read_json(file, name))
+            lines = _lines(file)
+            return list(_read_table(lines, name, kind) if kind in (".csv", ".tsv") else _read_json(lines, name))
     except UnicodeDecodeError as fault:
         raise DataError(f"{name}: no UTF-8 text ({fault.reason} at byte {fault.start}). Convert it to UTF-8") from fault
     except DataError:
@@ -126,8 +127,15 @@ def _read_parquet(url: str, name: str, storage: Storage) -> list[Row]:
     return [Row(f"{name} row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
 
 
-def _read_table(file: Any, name: str, kind: str) -> Iterator[Row]:
-    reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
+def _lines(file: Iterable[str]) -> Iterator[str]:
+    """The file's lines, without the byte order mark that spreadsheets put in front."""
+    for number, line in enumerate(file):
+        yield line if number else line.removeprefix("\ufeff")
+
+
+def _read_table(lines: Iterator[str], name: str, kind: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # its 131072 characters are fewer than a long document has
+    reader = csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",", strict=True)
     try:
         for fields in reader:
             if None in fields:
@@ -137,14 +145,15 @@ def _read_table(file: Any, name: str, kind: str) -> Iterator[Row]:
         raise DataError(f"{name} line {reader.line_num}: broken CSV: {fault}") from fault
 
 
-def _read_json(file: Any, name: str) -> Iterator[Row]:
+def _read_json(lines: Iterator[str], name: str) -> Iterator[Row]:
     """One object a line, or the whole file as one list of objects."""
-    line = next((line for line in file if line.strip()), "")
-    if line.lstrip().startswith("["):
-        yield from _read_list(line + file.read(), name)
-        return
-    for number, text in enumerate((line, *file), 1):
-        if text.strip():
+    blank = 0
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            blank += 1
+        elif number == blank + 1 and text.lstrip().startswith("["):
+            yield from _read_list("\n" * blank + text + "".join(lines), name)
+        else:
             yield Row(f"{name} line {number}", _object(text, f"{name} line {number}"))
 
 

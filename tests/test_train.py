@@ -1,0 +1,340 @@
+"""The whole walk on a tiny model: same seed same losses, packed equals unpacked, plain peft equals ours."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from job import adapter
+from job.config import parse_config
+from job.errors import AdapterError, ConfigError, ModelError
+from job.train import train
+from job.world import World
+from tests.conftest import REPOSITORY, alpaca_rows, losses, metrics, write_rows
+
+RunFile = Callable[..., Path]
+HALF = {"dropout": 0.5}
+
+
+def run(path: Path, *overrides: str) -> Path:
+    """Train in this process; returns the output folder."""
+    config = parse_config(path.read_text(), overrides)
+    train(config, World(), lambda line: None)
+    return Path(config.output.url)
+
+
+def close(found: list[float], expected: list[float], relative: float = 1e-5) -> bool:
+    """Whether all losses agree."""
+    return len(found) == len(expected) and all(
+        math.isclose(a, b, rel_tol=relative) for a, b in zip(found, expected, strict=True)
+    )
+
+
+def test_a_run_leaves_settings_metrics_status_and_adapter(run_file: RunFile) -> None:
+    out = run(run_file(evaluation={"share": 0.25}))
+    rows = metrics(out)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3]
+    keys = {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_s",
+        "samples_per_s",
+        "memory_gib",
+    }
+    assert all(set(row) == keys for row in rows if "loss" in row)
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    assert parse_config((out / "run.yaml").read_text()).train.max_steps == 3
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        f.name for f in (out / "adapter").iterdir()
+    }
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit_and_another_does_not(run_file: RunFile) -> None:
+    first = run(run_file("a", lora=HALF, evaluation={"share": 0.25}))
+    second = run(run_file("b", lora=HALF, evaluation={"share": 0.25}))
+    timeless = [
+        [{k: v for k, v in row.items() if "_s" not in k and k != "memory_gib"} for row in metrics(out)]
+        for out in (first, second)
+    ]
+    assert timeless[0] == timeless[1]
+    assert load_file(first / "adapter/adapter_model.safetensors").keys()
+    assert (first / "adapter/adapter_model.safetensors").read_bytes() == (
+        second / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+    assert losses(run(run_file("c", lora=HALF, train={"seed": 7}))) != losses(first)
+
+
+def test_accumulation_micro_batches_and_recomputation_never_change_a_loss_even_with_dropout(run_file: RunFile) -> None:
+    one = losses(run(run_file("one", lora=HALF, train={"micro_batch_size": 1})))
+    assert close(losses(run(run_file("four", lora=HALF, train={"micro_batch_size": 4}))), one)
+    assert close(
+        losses(run(run_file("again", lora=HALF, train={"micro_batch_size": 1, "recompute": "full"}))), one, 1e-7
+    )
+
+
+def test_a_packed_run_equals_the_unpacked_one(run_file: RunFile, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", alpaca_rows(7))  # all of them fit one sequence
+    shared = {"max_length": 512, "shuffle": False}
+    packed = run(run_file("packed", data=shared, train={"global_batch_size": 1, "micro_batch_size": 1, "max_steps": 5}))
+    padded = run(
+        run_file(
+            "padded",
+            data={**shared, "packing": False},
+            train={"global_batch_size": 7, "micro_batch_size": 7, "max_steps": 5},
+        )
+    )
+    assert [row["samples_per_s"] > 0 for row in metrics(packed)]
+    assert {row["tokens"] for row in metrics(packed)} == {row["tokens"] for row in metrics(padded)}
+    assert close(losses(packed), losses(padded))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_have_exactly_the_logits_they_have_alone(tiny_model: Path, attention: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation=attention
+    )
+    first, second = torch.arange(20)[None] + 3, torch.arange(31)[None] + 100
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(20), torch.arange(31)])[None]
+    with torch.no_grad():
+        together = model(packed, position_ids=positions, use_cache=False).logits
+        alone = [
+            model(ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits for ids in (first, second)
+        ]
+    assert torch.allclose(together, torch.cat(alone, dim=1), rtol=0, atol=1e-6)
+
+
+def reference(path: Path, packed_batches: Any, steps: int) -> list[float]:
+    """The same run written with transformers, peft and torch alone: one row a forward, masked mean over all tokens."""
+    config = parse_config(path.read_text())
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        config.model.name, dtype=torch.float32, quantization_config=quantization
+    )
+    start = load_file(Path(config.output.url).parent / "start/adapter/adapter_model.safetensors")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"))
+    peft.set_peft_model_state_dict(model, start)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    found = []
+    for rows in packed_batches[:steps]:
+        total, learnt = torch.zeros(()), 0
+        for ids, learn in rows:
+            labels = torch.where(torch.tensor(learn), torch.tensor(ids).long(), -100)[None]
+            logits = model(torch.tensor(ids).long()[None], use_cache=False).logits
+            total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+            learnt += int((labels[0, 1:] != -100).sum())
+        loss = total / learnt
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_losses_equal_those_of_a_plain_loop_in_transformers_and_peft(run_file: RunFile) -> None:
+    """Quantization, masking, loss, accumulation, clipping and optimizer at once."""
+    from job.data import load_dataset
+    from job.tokenizer import Tokenizer
+
+    flat = {"schedule": "constant", "warmup_steps": 0, "max_steps": 4}
+    run(run_file("start", train={**flat, "max_steps": 1, "learning_rate": 1e-30}))  # its adapter is the initial one
+    path = run_file("ours", train=flat)
+    ours = losses(run(path))
+    config = parse_config(path.read_text())
+    data = load_dataset(config, Tokenizer(config.model.name))
+    batches = []
+    for batch in data.train.from_step(0):
+        batches.append([data.train.tokens[row] for sequence in batch.sequences for row in sequence])
+        if len(batches) == 4:
+            break
+    assert close(ours, reference(path, batches, 4))
+    assert ours[0] > ours[-1]
+
+
+def test_the_adapter_in_plain_peft_equals_ours(run_file: RunFile, tiny_model: Path) -> None:
+    path = run_file(train={"max_steps": 4})
+    out = run(path)
+    from job.generate import Responder
+
+    ours = Responder(parse_config(path.read_text()))
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    named = json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tiny_model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        named, dtype=torch.float32, quantization_config=quantization
+    )
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    plain = peft.PeftModel.from_pretrained(base, out / "adapter").eval()
+    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(out / "adapter").encode("Count to seven in words.")])
+    with torch.no_grad():
+        tuned, theirs = ours.model(ids).logits, plain(ids).logits
+        with plain.disable_adapter():
+            untouched = plain(ids).logits
+    assert (tuned - theirs).abs().max() < 1e-5
+    assert (tuned - untouched).abs().max() > 1e-2
+
+
+QUANTIZATIONS = [{"type": kind} for kind in ("nf4", "fp4", "int8", "none")] + [{"double_quant": False}]
+OPTIMIZERS = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+ADAPTERS = [
+    {"rslora": True},
+    {"dora": True},
+    {"bias": "lora_only"},
+    {"targets": ["q_proj", "v_proj"]},
+    {"dropout": 0.1},
+]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        *({"quantization": value} for value in QUANTIZATIONS),
+        *({"train": {"optimizer": value}} for value in OPTIMIZERS),
+        *({"lora": value} for value in ADAPTERS),
+        *({"train": {"precision": value}} for value in ("bf16", "fp32", "auto")),
+        *({"train": {"schedule": value, "warmup_steps": 1}} for value in ("linear", "cosine", "constant")),
+        {"quantization": {"compute_dtype": "bf16"}},
+        {"train": {"max_grad_norm": 0.0, "weight_decay": 0.1}},
+        {"model": {"attention": "eager"}},
+        {"data": {"learn": "last", "workers": 2}},
+        {"parallel": {"bucket": 1000, "strategy": "replicate", "processes": 1}},
+    ],
+    ids=str,
+)
+def test_every_value_of_every_setting_trains(run_file: RunFile, sections: dict[str, Any]) -> None:
+    out = run(run_file(**sections), "train.max_steps=5")
+    assert losses(out)[-1] < losses(out)[0]
+
+
+def test_learning_rates_are_those_of_the_schedule(run_file: RunFile) -> None:
+    out = run(run_file(train={"schedule": "linear", "warmup_steps": 2, "max_steps": 6}))
+    assert [row["learning_rate"] for row in metrics(out)] == pytest.approx([5e-3, 1e-2, 1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+def test_epochs_are_counted_in_whole_batches(run_file: RunFile) -> None:
+    out = run(run_file(data={"packing": False}, train={"max_steps": None, "epochs": 1.5, "global_batch_size": 10}))
+    assert [row["epoch"] for row in metrics(out)] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3], abs=1e-4)
+
+
+def test_evaluations_come_every_n_steps_and_training_stops_when_they_get_no_better(run_file: RunFile) -> None:
+    wild = {"learning_rate": 0.05, "max_steps": 12, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}
+    out = run(run_file(train=wild, evaluation={"share": 0.25, "every_steps": 1, "patience": 1}))
+    found = [row["eval_loss"] for row in metrics(out) if "eval_loss" in row]
+    status = json.loads((out / "status.json").read_text())
+    assert found[-1] >= found[-2] and all(a > b for a, b in pairwise(found[:-1]))
+    assert status["step"] == len(found) - 1 < 12
+    assert status["state"] == "finished"
+    assert status["reason"] == f"early: 1 evaluations without a lower loss than {found[-2]:.4f}"
+
+
+def test_keep_best_writes_the_adapter_of_the_lowest_evaluation_loss(run_file: RunFile) -> None:
+    steps = {"learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}
+    judged = {"share": 0.25, "every_steps": 1}
+    best = run(run_file("best", train={**steps, "max_steps": 4}, evaluation={**judged, "keep_best": True}))
+    found = {row["step"]: row["eval_loss"] for row in metrics(best) if "eval_loss" in row and row["step"]}
+    lowest = min(found, key=found.__getitem__)
+    assert lowest < 4, "the run must get worse for this test to say anything"
+    stopped = run(run_file("stopped", train={**steps, "max_steps": lowest}, evaluation=judged))
+    kept, expected = (load_file(out / "adapter/adapter_model.safetensors") for out in (best, stopped))
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+
+def test_two_ranks_have_the_losses_of_one(run_file: RunFile) -> None:
+    evaluation = {"share": 0.25}
+    alone = run(run_file("alone", lora=HALF, evaluation=evaluation, train={"micro_batch_size": 1}))
+    path = run_file("pair", lora=HALF, evaluation=evaluation, train={"micro_batch_size": 1})
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "job", "train", str(path)]
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    pair = path.parent / "out/pair"
+    assert close(losses(pair), losses(alone))
+    assert close(*([row["eval_loss"] for row in metrics(out) if "eval_loss" in row] for out in (pair, alone)))
+
+
+def test_rows_longer_than_the_models_positions_are_refused_before_anything_is_written(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": "word " * 2000}])
+    with pytest.raises(ModelError, match=r"a row has 600 tokens, the model has 512 positions. Lower data.max_length"):
+        run(run_file(data={"max_length": 600}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(run_file: RunFile) -> None:
+    with pytest.raises(ConfigError, match=r"4 is not a multiple of 6 \(2 per rank x 3 ranks\). Try 6 or 12"):
+        train(parse_config(run_file().read_text()), World(0, 3), lambda line: None)
+
+
+GOOD = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({}, "the adapter has 0 tensors, expected 2"),
+        ({**GOOD, "a.lora_B.weight": torch.ones(0)}, r"a.lora_B.weight has shape \[0\], expected \[3, 2\]"),
+        ({**GOOD, "a.lora_A.weight": torch.full((2, 3), torch.nan)}, "a.lora_A.weight is not finite"),
+        ({**GOOD, "a.lora_A.weight": torch.zeros(2, 3)}, "a.lora_A.weight differs from what was trained"),
+    ],
+)
+def test_an_adapter_that_is_not_the_trained_one_is_refused(found: dict[str, torch.Tensor], message: str) -> None:
+    adapter.prove(GOOD, GOOD, trained=True)
+    with pytest.raises(AdapterError, match=message):
+        adapter.prove(found, GOOD, trained=True)
+
+
+def test_an_adapter_that_learnt_nothing_is_refused() -> None:
+    untouched = {**GOOD, "a.lora_B.weight": torch.zeros(3, 2)}
+    with pytest.raises(AdapterError, match="all B matrices are zero: nothing was learnt"):
+        adapter.prove(untouched, untouched, trained=True)
+
+
+def test_losses_fall_on_a_pattern(run_file: RunFile) -> None:
+    out = run(run_file(train={"max_steps": 20}))
+    firsts, lasts = losses(out)[:5], losses(out)[-5:]
+    assert sum(lasts) < 0.92 * sum(firsts)  # random weights: only how often tokens come can be learnt
+    assert all(a != b for a, b in pairwise(losses(out)))
+    assert yaml.safe_load((out / "run.yaml").read_text())["train"]["max_steps"] == 20

@@ -1,0 +1,133 @@
+"""The streaming quantizer: bit-equal to bitsandbytes, whole or in shares, and never reading more than its share."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from job import weights
+from job.config.learning import Quantization
+from job.headers import read_headers
+from job.store import Store
+from job.weights import Share, dequantized, stream
+
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class CountingStore(Store):
+    """Adds up the bytes that are asked for."""
+
+    asked = 0
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        content = super().read(name, start, stop)
+        self.asked += len(content)
+        return content
+
+
+def checkpoint(folder: Path, values: torch.Tensor) -> tuple[CountingStore, Any]:
+    save_file({"w": values}, folder / "model.safetensors")
+    store = CountingStore(str(folder))
+    tensor = read_headers(store)["w"]
+    store.asked = 0
+    return store, tensor
+
+
+def assert_same_state(found: Any, expected: Any) -> None:
+    assert torch.equal(found.absmax, expected.absmax)
+    assert torch.equal(found.code, expected.code)
+    assert (found.shape, found.dtype, found.blocksize, found.quant_type) == (
+        expected.shape,
+        expected.dtype,
+        expected.blocksize,
+        expected.quant_type,
+    )
+    assert (found.state2 is None) == (expected.state2 is None)
+    if found.state2 is not None:
+        assert torch.equal(found.offset, expected.offset)
+        assert torch.equal(found.state2.absmax, expected.state2.absmax)
+        assert torch.equal(found.state2.code, expected.state2.code)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("source", FLOATS)
+def test_pieces_are_bit_equal_to_bitsandbytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, kind: str, double: bool
+) -> None:
+    monkeypatch.setattr(weights, "CHUNK", 1024)  # many chunks
+    torch.manual_seed(0)
+    store, tensor = checkpoint(tmp_path, torch.randn(96, 80).to(FLOATS[source]))
+    full = weights._read(store, tensor, 0, tensor.numel).to(torch.bfloat16).view(96, 80)
+    packed, state = bnb.quantize_4bit(full, compress_statistics=double, quant_type=kind)
+    how = Quantization(type=kind, double_quant=double)
+    (piece,) = stream(store, [Share("w", tensor, 0, tensor.numel, True)], how, torch.bfloat16, "cpu")
+    assert torch.equal(piece.data, packed)
+    assert_same_state(piece.state, state)
+    (plain,) = dequantized([piece], torch.bfloat16)
+    assert torch.equal(plain.data, bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_shares_of_any_number_of_ranks_join_to_the_whole_and_read_at_most_a_block_more(
+    tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    rows, columns, ranks = rng.randint(1, 40), 2 * rng.randint(1, 90), rng.randint(1, 7)
+    source = rng.choice(list(FLOATS))
+    torch.manual_seed(seed)
+    store, tensor = checkpoint(tmp_path, torch.randn(rows, columns).to(FLOATS[source]))
+    packed, state = bnb.quantize_4bit(
+        weights._read(store, tensor, 0, tensor.numel).float().view(rows, columns), quant_type="nf4"
+    )
+    cuts = sorted(2 * rng.randint(0, tensor.numel // 2) for _ in range(ranks - 1))
+    data, scales = [], []
+    for start, stop in zip([0, *cuts], [*cuts, tensor.numel], strict=True):
+        if start == stop:
+            continue
+        store.asked = 0
+        how = Quantization(double_quant=False)
+        (piece,) = stream(store, [Share("w", tensor, start, stop, True)], how, torch.float32, "cpu")
+        assert store.asked <= (stop - start + 2 * 63) * tensor.item_size
+        data.append(piece.data)
+        scales.append(piece.state.absmax)  # type: ignore[union-attr]
+    assert torch.equal(torch.cat(data), packed)
+    assert torch.equal(torch.cat(scales), state.absmax)
+
+
+def test_scales_are_nested_over_what_all_ranks_exchanged(tmp_path: Path) -> None:
+    store, tensor = checkpoint(tmp_path, torch.randn(64, 64))
+    whole = weights._read(store, tensor, 0, tensor.numel).view(64, 64)
+    state = bnb.quantize_4bit(whole, compress_statistics=True, quant_type="nf4")[1]
+    all_scales = bnb.quantize_4bit(whole, quant_type="nf4")[1].absmax
+    first_half = Share("w", tensor, 0, tensor.numel // 2, True)
+    (piece,) = stream(store, [first_half], Quantization(), torch.float32, "cpu", lambda own: all_scales)
+    assert_same_state(piece.state, state)
+
+
+def test_int8_rows_are_bit_equal_to_bitsandbytes(tmp_path: Path) -> None:
+    store, tensor = checkpoint(tmp_path, torch.randn(48, 64))
+    expected, scale, _ = bnb.int8_vectorwise_quant(weights._read(store, tensor, 0, tensor.numel).half().view(48, 64))
+    whole = Share("w", tensor, 0, tensor.numel, True)
+    (piece,) = stream(store, [whole], Quantization(type="int8"), torch.float32, "cpu")
+    assert torch.equal(piece.data, expected)
+    assert torch.equal(piece.row_scale, scale)  # type: ignore[arg-type]
+
+
+def test_what_is_not_quantized_keeps_its_values_and_shape(tmp_path: Path) -> None:
+    store, tensor = checkpoint(tmp_path, torch.arange(12.0).view(3, 4))
+    (piece,) = stream(store, [Share("w", tensor, 0, 12, False)], Quantization(), torch.bfloat16, "cpu")
+    assert piece.data.dtype == torch.bfloat16
+    assert piece.data.tolist() == torch.arange(12.0).view(3, 4).tolist()
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    store, tensor = checkpoint(tmp_path, torch.randn(64, 64))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"model.safetensors ends within w: the file is cut off"):
+        list(stream(store, [Share("w", tensor, 0, tensor.numel, True)], Quantization(), torch.float32, "cpu"))
