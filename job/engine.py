@@ -23,7 +23,6 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 
-
 T = TypeVar("T")
 
 

@@ -4,11 +4,11 @@ To add a format: one function from a row to segments, one line in FORMATS, one c
 """
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from job.errors import InputError
@@ -164,8 +164,9 @@ def own_format(name: str) -> Format:
         InputError: there is no such module or function.
     """
     module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
     try:
         made = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as fault:

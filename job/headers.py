@@ -9,9 +9,10 @@ import struct
 from dataclasses import dataclass
 
 from job.errors import ModelError
-from job.store import Store
+from job.store import Store, reason
 
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+INDEX = "model.safetensors.index.json"
 FIRST_READ = 1 << 16
 """Bytes of the first ranged read: most headers fit, so most files cost one request."""
 
@@ -46,21 +47,34 @@ def read_headers(store: Store) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder by name, from the headers of its safetensors files.
 
     Raises:
-        ModelError: there are no weights, a file of the index is missing, or a header is damaged.
+        ModelError: there are no weights, a file of the index is missing, damaged or shorter than it says, or the
+            storage does not give it out.
     """
     tensors: dict[str, Tensor] = {}
-    for file in _files(store):
-        tensors |= _read_header(store, file)
+    try:
+        for file in _files(store):
+            tensors |= _read_header(store, file)
+    except ModelError:
+        raise
+    except Exception as fault:  # every driver has its own errors
+        raise ModelError(f"{store.url}: the weights cannot be read: {reason(fault)}") from fault
     return tensors
 
 
 def _files(store: Store) -> list[str]:
     there = store.names()
-    if "model.safetensors.index.json" in there:
-        wanted = sorted(set(json.loads(store.read("model.safetensors.index.json"))["weight_map"].values()))
+    if INDEX in there:
+        try:
+            wanted = sorted(set(json.loads(store.read(INDEX))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise ModelError(f"{store.url}/{INDEX} is damaged ({fault!r}). Copy the file again") from fault
         missing = [name for name in wanted if name not in there]
         if missing:
-            raise ModelError(f"{store.url}: the index names {missing[0]}, which is missing. Copy the checkpoint again")
+            named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            raise ModelError(
+                f"{store.url}: {INDEX} names {len(wanted)} files, {len(missing)} are missing ({named}). "
+                "Copy the checkpoint again"
+            )
         return wanted
     found = [name for name in there if name.endswith(".safetensors")]
     if "model.safetensors" in found:
@@ -79,6 +93,8 @@ def _what_is_there(names: list[str]) -> str:
 def _read_header(store: Store, file: str) -> dict[str, Tensor]:
     try:
         head = store.read(file, 0, FIRST_READ)
+        if head.startswith(b"version https://git-lfs"):
+            raise ValueError("it is a git-lfs pointer, so run git lfs pull")
         (length,) = struct.unpack("<Q", head[:8])
         if length > 100_000_000:
             raise ValueError(f"a header of {length} bytes")
@@ -86,12 +102,26 @@ def _read_header(store: Store, file: str) -> dict[str, Tensor]:
         if len(text) < length:
             text += store.read(file, 8 + len(text), 8 + length)
         entries = json.loads(text)
-    except (struct.error, ValueError) as fault:
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: Tensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise ModelError(
             f"{store.url}/{file}: the safetensors header is damaged ({fault}). Copy the file again"
         ) from fault
-    entries.pop("__metadata__", None)
-    return {
-        name: Tensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0])
-        for name, entry in entries.items()
-    }
+    _refuse_odd_types(tensors, f"{store.url}/{file}")
+    size, needed = store.size(file), max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=0)
+    if size < needed:
+        raise ModelError(f"{store.url}/{file} has {size:,} bytes, its header says {needed:,}. Copy the file again")
+    return tensors
+
+
+def _refuse_odd_types(tensors: dict[str, Tensor], file: str) -> None:
+    odd = next((tensor for tensor in tensors.values() if tensor.dtype not in ITEM_SIZE), None)
+    if odd:
+        raise ModelError(
+            f"{file}: {odd.name} has type {odd.dtype}, expected one of {', '.join(ITEM_SIZE)}. "
+            "Give the 16-bit checkpoint it was made from"
+        )

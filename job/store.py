@@ -1,6 +1,8 @@
 """Folders and files at any URL, through fsspec: the package's only way to bytes outside the process."""
 
+import errno
 import os
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any, Self
 
@@ -31,25 +33,39 @@ class Store:
         """The file's path as its file system wants it."""
         return f"{self.root.rstrip('/')}/{name}"
 
-    def names(self) -> list[str]:
-        """Names of the files directly inside, sorted; empty when there is no such folder."""
+    def names(self, folders: bool = False) -> list[str]:
+        """Names of the files (and folders) directly inside, sorted; empty when there is no such folder."""
         try:
             found = self.fs.ls(self.root, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(PurePosixPath(entry["name"]).name for entry in found if entry["type"] == "file")
+        return sorted(PurePosixPath(entry["name"]).name for entry in found if folders or entry["type"] == "file")
+
+    def missing_bucket(self) -> str | None:
+        """The bucket's name when there is no such bucket: objects of one read as merely not found."""
+        bucket = self.root.partition("/")[0]
+        return bucket if is_s3(self.url) and not self.fs.exists(bucket) else None
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
         return bool(self.fs.exists(self.path(name)))
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """The file's bytes [start, stop), by one ranged read.
+        """The file's bytes [start, stop), by one ranged read; fewer when the file ends before.
 
         Raises:
             FileNotFoundError: no such file.
         """
-        return bytes(self.fs.cat_file(self.path(name), start=start, end=stop))
+        try:
+            return bytes(self.fs.cat_file(self.path(name), start=start, end=stop))
+        except OSError as fault:
+            if start is not None and fault.errno == errno.EINVAL:  # S3 refuses a range behind the end (416)
+                return b""
+            raise
+
+    def size(self, name: str) -> int:
+        """The file's length, bytes."""
+        return int(self.fs.size(self.path(name)))
 
     def write(self, name: str, content: bytes) -> None:
         """Write the whole file; readers see the old content or the new, never a part."""
@@ -59,11 +75,16 @@ class Store:
         target = self.path(name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         draft = f"{target}.{os.getpid()}.part"
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
+        try:
+            with open(draft, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, target)
+        except BaseException:  # a full disk, Ctrl-C
+            with suppress(FileNotFoundError):
+                os.remove(draft)
+            raise
 
     def append(self, name: str, content: bytes) -> None:
         """Add to the end of a file of a local folder.
@@ -84,7 +105,7 @@ class Store:
 
 def fs_options(url: str, storage: Storage) -> dict[str, Any]:
     """fsspec's options for a URL: S3 gets endpoint, region, addressing and authorities; others need none."""
-    if not url.startswith(("s3://", "s3a://")):
+    if not is_s3(url):
         return {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}
     client: dict[str, Any] = {}
     if storage.endpoint:
@@ -93,7 +114,9 @@ def fs_options(url: str, storage: Storage) -> dict[str, Any]:
         client["region_name"] = storage.region
     if storage.ca_bundle:
         client["verify"] = storage.ca_bundle
-    options: dict[str, Any] = {"client_kwargs": client} if client else {}
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write into the same folders
+    if client:
+        options["client_kwargs"] = client
     if storage.path_style:
         options["config_kwargs"] = {"s3": {"addressing_style": "path"}}
     return options
@@ -103,6 +126,11 @@ def open_text(url: str, storage: Storage | None = None, **how: Any) -> Any:
     """Open one file as UTF-8 text, decompressed by its ending (.gz, .bz2, .xz, .zst, .zip)."""
     options = fs_options(url, storage or Storage())
     return fsspec.open(url, "rt", encoding="utf-8", compression="infer", **how, **options)
+
+
+def is_s3(url: str) -> bool:
+    """Whether the URL is one of S3 or a compatible server."""
+    return url.startswith(("s3://", "s3a://"))
 
 
 def is_url(name: str) -> bool:
@@ -115,5 +143,7 @@ def reason(fault: BaseException) -> str:
     if isinstance(fault, FileNotFoundError):
         return "not found"
     if isinstance(fault, PermissionError):
-        return "access denied (are the keys in the environment right?)"
+        return "access denied" + ("" if fault.filename else " (are the keys in the environment right?)")
+    if type(fault).__name__ == "NoCredentialsError":
+        return "no keys. Put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into the environment or an .env file"
     return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"

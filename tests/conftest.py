@@ -98,7 +98,9 @@ def alpaca_rows(count: int) -> list[dict[str, str]]:
     ]
 
 
-def settings(model: Path | str, train: Path | str, output: Path | str, /, **sections: Mapping[str, Any]) -> dict[str, Any]:
+def settings(
+    model: Path | str, train: Path | str, output: Path | str, /, **sections: Mapping[str, Any]
+) -> dict[str, Any]:
     """A run file's values for a tiny run in fp32 without dropout; keyword arguments are merged into the sections."""
     values: dict[str, dict[str, Any]] = {
         "model": {"name": str(model)},

@@ -150,7 +150,7 @@ def test_weights_that_do_not_fit_the_config_are_named(
 
 def test_a_checkpoint_that_is_quantized_already_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     folder = broken(tmp_path, tiny_model, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match="is quantized already. Give the 16-bit checkpoint it was made from"):
+    with pytest.raises(ModelError, match=r"is quantized already. Give the 16-bit checkpoint it was made from"):
         load(folder)
 
 

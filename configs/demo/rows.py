@@ -42,8 +42,8 @@ TEMPLATES = {
     ],
 }
 NUMBERS = {
-    "en": dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13))),
-    "zh": dict(zip("两 三 四 五 六 七 八 九 十 十一 十二".split(), range(2, 13))),
+    "en": dict(zip(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], range(2, 13))),
+    "zh": dict(zip(["两", "三", "四", "五", "六", "七", "八", "九", "十", "十一", "十二"], range(2, 13))),
 }
 # The first line of each is for training, the second for the held-out rows; Chinese goods begin with their measure word.
 PERSONS = {
