@@ -3,30 +3,34 @@
     python bench/one_gpu.py [FOLDER]
 
 Prints one line a variant: tokens per second (median of the steps after the third) and peak memory from metrics.jsonl,
-and the seconds from the start of `train` to the end of its first step. Results with date and hardware: bench/RESULTS.md.
+and the seconds that the whole command took besides its steps. Results with date and hardware: bench/RESULTS.md.
 """
 
-import itertools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from job.config import RunConfig
-from job.model import quiet_libraries
-from job.train import train
-from job.world import World
-
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 WORDS = 32000 - 4
 STEPS = 9
+VARIANTS = [
+    (2048, 4, "full", 0.0),
+    (2048, 4, "full", 0.05),
+    (2048, 4, "none", 0.0),
+    (2048, 4, "none", 0.05),
+    (512, 1, "none", 0.0),
+    (8192, 1, "full", 0.0),
+    (8192, 1, "none", 0.0),
+]
+"""Sequence length, sequences, recompute, dropout."""
 
 
 def make_model(folder: Path) -> None:
@@ -54,49 +58,41 @@ def make_rows(path: Path, length: int, count: int) -> Path:
     return path
 
 
-def measure(model: Path, work: Path, length: int, micro: int, **sections: dict[str, Any]) -> dict[str, Any]:
-    """One run; its figures."""
+def measure(model: Path, work: Path, length: int, micro: int, *overrides: str) -> dict[str, float]:
+    """One run in a process of its own, as users start it; its figures."""
     rows = make_rows(work / f"rows-{length}.jsonl", length, micro * STEPS)
     output = Path(tempfile.mkdtemp(dir=work)) / "out"
-    values: dict[str, Any] = {
+    values = {
         "model": {"name": str(model)},
         "data": {"train": str(rows), "max_length": length},
         "train": {"max_steps": STEPS, "global_batch_size": micro, "micro_batch_size": micro, "learning_rate": 1e-4},
         "tracking": {"sinks": ["jsonl"]},
         "output": {"url": str(output)},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    torch.cuda.reset_peak_memory_stats()
+    config = work / "run.yaml"
+    config.write_text(json.dumps(values))  # JSON is YAML
     begun = time.time()
-    train(RunConfig.model_validate(values), World(), lambda line: None)
+    subprocess.run([sys.executable, "-m", "job", "train", str(config), *overrides], check=True, capture_output=True)
     seconds = time.time() - begun
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    torch.cuda.empty_cache()
+    stepping = sum(row["tokens"] / row["tokens_per_s"] for row in found)
     return {
         "tokens_per_s": round(statistics.median(row["tokens_per_s"] for row in found[3:])),
         "peak_gib": found[-1]["memory_gib"],
-        "whole_run_s": round(seconds, 1),
+        "besides_steps_s": round(seconds - stepping, 1),
     }
 
 
 def main(work: Path) -> None:
-    quiet_libraries()
     work.mkdir(parents=True, exist_ok=True)
     model = work / "7b"
     make_model(model)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    variants = itertools.product(["full", "none"], [0.0, 0.05], ["adamw", "paged_adamw_8bit"])
-    for recompute, dropout, optimizer in variants:
-        if dropout and optimizer == "adamw":
-            continue
-        how = {"recompute": recompute, "optimizer": optimizer}
-        figures = measure(model, work, 2048, 4, train=how, lora={"dropout": dropout})
-        print(json.dumps({"shape": "4 x 2048", **how, "dropout": dropout, **figures}), flush=True)
-    for length in (512, 8192):
-        how = {"recompute": "full", "optimizer": "paged_adamw_8bit"}
-        figures = measure(model, work, length, 1, train=how, lora={"dropout": 0.0})
-        print(json.dumps({"shape": f"1 x {length}", **how, **figures}), flush=True)
+    for length, micro, recompute, dropout in VARIANTS:
+        how = [f"train.recompute={recompute}", f"lora.dropout={dropout}", "train.optimizer=paged_adamw_8bit"]
+        figures = measure(model, work, length, micro, *how)
+        row = {"tokens": f"{micro} x {length}", "recompute": recompute, "dropout": dropout, **figures}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command `qlora`. Heavy libraries are imported by the verb that needs them."""
 
+import logging
 import sys
 from typing import Annotated, Any
 
@@ -26,16 +27,21 @@ Settings = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Options in front of the verb; the deepspeed launcher puts --local_rank there."""
-    if version:
-        typer.echo(f"qlora {__version__}")
-        raise typer.Exit
     context.obj = local_rank
 
 
@@ -48,13 +54,17 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
     import os
 
     settings_read = _load(config, settings)
+    from job.engine import disconnect
     from job.model import quiet_libraries
     from job.train import train as run
     from job.world import World
 
     quiet_libraries()
     world = World.from_env(os.environ, context.obj)
-    outcome = run(settings_read, world, _say if world.speaks else lambda line: None)
+    try:
+        outcome = run(settings_read, world, _say if world.speaks else lambda line: None)
+    finally:
+        disconnect()
     if not world.speaks:
         return
     if outcome.state == "already finished":
@@ -112,7 +122,7 @@ def compare(
 
     quiet_libraries()
     responder = Responder(run)
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     answers = [responder.compare_question(text) for text in question or ()]
     answers = answers or [responder.compare_row(row) for row in responder.held_out()]
     console.print(answers_table(answers))
@@ -181,6 +191,7 @@ def _say(line: str) -> None:
 
 def main() -> None:
     """Run the command; a refusal is one message and its exit code, never a traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     try:
         app(standalone_mode=True)
     except JobError as fault:

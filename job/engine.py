@@ -49,6 +49,12 @@ def connect(world: World, device: str) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
 
 
+def disconnect() -> None:
+    """Close the process group, at the very end of a process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def on_first_rank(world: World, decide: Callable[[], T]) -> T:
     """What `decide` gives on rank 0, on every rank; its refusal is every rank's refusal.
 

@@ -101,6 +101,8 @@ def _read_header(store: Store, file: str) -> dict[str, Tensor]:
         text = head[8 : 8 + length]
         if len(text) < length:
             text += store.read(file, 8 + len(text), 8 + length)
+        if len(text) < length:
+            raise ValueError("the file ends within it")
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         tensors = {

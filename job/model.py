@@ -105,8 +105,8 @@ def _refuse_remote_code(folder: str, model: Model) -> None:
     kind = written.get("model_type", "(none)")
     if "auto_map" in written and kind not in transformers.CONFIG_MAPPING and not model.trust_remote_code:
         raise ModelError(
-            f"model.name: {model.name} has the architecture {kind}, which transformers does not know, and brings Python "
-            "code for it, which is not run. Set model.trust_remote_code: true if you trust its authors"
+            f"model.name: {model.name} has the architecture {kind}, which transformers does not know, and brings "
+            "Python code for it, which is not run. Set model.trust_remote_code: true if you trust its authors"
         )
 
 

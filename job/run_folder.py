@@ -8,7 +8,7 @@ from typing import Literal
 import yaml
 
 from job.config import RunConfig, changes, parse_config
-from job.errors import OutputError
+from job.errors import InputError, OutputError
 from job.store import Store, reason
 
 STATUS, SETTINGS = "status.json", "run.yaml"
@@ -36,13 +36,22 @@ class RunFolder:
         self.config = config
         try:
             self.store = Store(config.output.url, config.storage)
-            self.old = self._old_settings()
-            self.status = self._status()
-        except OutputError:
-            raise
+            settings, status = (self._read(name) for name in (SETTINGS, STATUS))
+            self.there = self.store.names(folders=True)
+            bucket = None if self.there else self.store.missing_bucket()
         except Exception as fault:  # every driver has its own errors
             raise OutputError(
                 f"output.url: {config.output.url}: {reason(fault)}. Check the URL, the bucket and storage.endpoint"
+            ) from fault
+        if bucket:
+            raise OutputError(f"output.url: {config.output.url}: there is no bucket {bucket}. Create it or use another")
+        try:
+            self.old = None if settings is None else parse_config(settings.decode(), source=SETTINGS)
+            self.status = None if status is None else Status(**json.loads(status))
+        except (InputError, ValueError, TypeError) as fault:  # ValueError: no JSON, no UTF-8
+            raise OutputError(
+                f"output.url: {config.output.url} holds a run that this version cannot read ({fault}). "
+                "Use another output.url"
             ) from fault
 
     def already_finished(self) -> bool:
@@ -102,17 +111,12 @@ class RunFolder:
         self.store.write(STATUS, json.dumps(status, indent=1, ensure_ascii=False).encode())
 
     def _refuse_foreign_files(self) -> None:
-        there = self.store.names()
-        if there:
+        foreign = [name for name in self.there if not name.startswith(".")]
+        if foreign:
             raise OutputError(
-                f"output.url: {self.config.output.url} holds files that are no run ({', '.join(there[:5])}). "
+                f"output.url: {self.config.output.url} holds files that are no run ({', '.join(foreign[:5])}). "
                 "Use an empty or a new folder"
             )
 
-    def _old_settings(self) -> RunConfig | None:
-        if not self.store.exists(SETTINGS):
-            return None
-        return parse_config(self.store.read(SETTINGS).decode(), source=f"{self.config.output.url}/{SETTINGS}")
-
-    def _status(self) -> Status | None:
-        return Status(**json.loads(self.store.read(STATUS))) if self.store.exists(STATUS) else None
+    def _read(self, name: str) -> bytes | None:
+        return self.store.read(name) if self.store.exists(name) else None

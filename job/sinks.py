@@ -37,24 +37,25 @@ class ConsoleSink:
     """
 
     def __init__(self, every_steps: int = 1, console: Console | None = None):
-        self.every_steps, self.console = every_steps, console or Console(file=sys.stderr)
+        # a log file gets plain lines even where FORCE_COLOR, as CI systems set it, would have rich see a terminal
+        self.console = console or Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
+        self.every_steps = every_steps
         self.bar: Progress | None = None
         self.steps, self.begun, self.first = 0, 0.0, 0
 
     def start(self, run_name: str, steps: int) -> None:
         self.steps = steps
-        if self.console.is_terminal:
-            text = TextColumn("{task.fields[said]}")
-            self.bar = Progress(
-                TextColumn(run_name), BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), console=self.console
-            )
+        if self.console.is_interactive:
+            name, said = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[said]"))
+            columns = (name, BarColumn(), MofNCompleteColumn(), said, TimeElapsedColumn())
+            self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task(run_name, total=steps, said="")
             self.bar.start()
 
     def row(self, row: Metrics) -> None:
         step = int(row["step"])
         if "eval_loss" in row:
-            self.console.print(f"step {step}: evaluation loss {row['eval_loss']:.4f}", highlight=False)
+            self._print(f"step {step}: evaluation loss {row['eval_loss']:.4f}")
             return
         if not self.begun:
             self.begun, self.first = time.monotonic(), step
@@ -62,11 +63,14 @@ class ConsoleSink:
         if self.bar:
             self.bar.update(self.task, completed=step, said=said)
         elif step % self.every_steps == 0 or step == self.steps:
-            self.console.print(f"step {step}/{self.steps}  {said}  lr {row['learning_rate']:.2e}", highlight=False)
+            self._print(f"step {step}/{self.steps}  {said}  lr {row['learning_rate']:.2e}")
 
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
         done = step - self.first
@@ -114,10 +118,11 @@ class JsonlSink:
 
 
 def read_metrics(store: Store) -> list[dict[str, float]]:
-    """All rows of metrics.jsonl, in order; empty when there is none."""
+    """All rows of metrics.jsonl, in order; empty when there is none. What was not finite is NaN."""
     if not store.exists(METRICS):
         return []
-    return [json.loads(line) for line in store.read(METRICS).splitlines() if line.strip()]
+    rows = [json.loads(line) for line in store.read(METRICS).splitlines() if line.strip()]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def evaluations(rows: Sequence[Metrics]) -> list[tuple[int, float]]:

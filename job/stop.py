@@ -23,9 +23,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT and sys.stdin.isatty():
-            raise KeyboardInterrupt
-        if not self.asked:
-            again = " Ctrl-C again exits at once, without it." if number == signal.SIGINT else ""
-            print(f"\nStopping after this step, the adapter will be written.{again}", file=sys.stderr, flush=True)
+        ctrl_c = number == signal.SIGINT and sys.stdin.isatty()  # launchers send SIGINT, and more than once, too
+        if self.asked:
+            if ctrl_c:
+                raise KeyboardInterrupt
+            return
         self.asked = signal.Signals(number).name
+        again = " Ctrl-C again exits at once, without it." if ctrl_c else ""
+        print(f"\nStopping after this step, the adapter will be written.{again}", file=sys.stderr, flush=True)

@@ -2,8 +2,7 @@
 
 import errno
 import os
-from contextlib import suppress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import fsspec
@@ -39,6 +38,8 @@ class Store:
             found = self.fs.ls(self.root, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        if not self.is_local:  # some object stores keep an empty object for the folder itself
+            found = [entry for entry in found if entry["name"].rstrip("/") != self.root.rstrip("/")]
         return sorted(PurePosixPath(entry["name"]).name for entry in found if folders or entry["type"] == "file")
 
     def missing_bucket(self) -> str | None:
@@ -82,8 +83,7 @@ class Store:
                 os.fsync(file.fileno())
             os.replace(draft, target)
         except BaseException:  # a full disk, Ctrl-C
-            with suppress(FileNotFoundError):
-                os.remove(draft)
+            Path(draft).unlink(missing_ok=True)
             raise
 
     def append(self, name: str, content: bytes) -> None:

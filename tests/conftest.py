@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.s3 import S3, serve
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores would spin against each other
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -78,6 +80,21 @@ def smollm2() -> Path:
     folder = REPOSITORY / "models/SmolLM2-135M-Instruct"
     assert folder.is_dir(), "run `make test`, which fetches the demo's model"
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server on loopback with an empty bucket named `bucket`."""
+    with serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The S3 server, its keys in this process's environment."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

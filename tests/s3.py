@@ -18,6 +18,7 @@ from typing import Any
 import s3fs
 
 KEY, SECRET, BUCKET = "AKIATESTKEY", "a-very-secret-key", "bucket"
+ADMIN_KEY, ADMIN_SECRET = "AKIAADMIN", "another-secret-key"
 PORTS = (
     *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc"),
     *("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"),
@@ -42,15 +43,10 @@ class S3:
         """The run file's section."""
         return {"endpoint": self.endpoint, "region": "us-east-1", "path_style": True}
 
-    def fs(self) -> s3fs.S3FileSystem:
+    def fs(self, key: str = KEY, secret: str = SECRET) -> s3fs.S3FileSystem:
         """A client of the tests' own, which remembers nothing."""
-        return s3fs.S3FileSystem(
-            key=KEY,
-            secret=SECRET,
-            endpoint_url=self.endpoint,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
+        forgetful = {"use_listings_cache": False, "skip_instance_cache": True}
+        return s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=self.endpoint, **forgetful)
 
 
 @contextmanager
@@ -61,7 +57,7 @@ def serve(folder: Path) -> Iterator[S3]:
         try:
             if _is_up(process, endpoint):
                 server = S3(endpoint)
-                server.fs().mkdir(BUCKET)
+                server.fs(ADMIN_KEY, ADMIN_SECRET).mkdir(BUCKET)
                 yield server
                 return
         finally:
@@ -72,9 +68,9 @@ def serve(folder: Path) -> Iterator[S3]:
 
 def _start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     (folder / "data").mkdir(parents=True)
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    user = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": actions}
-    (folder / "s3.json").write_text(json.dumps({"identities": [user]}))
+    # an admin's write creates a missing bucket, a user's does not
+    users = [_user("admin", ADMIN_KEY, ADMIN_SECRET, "Admin"), _user("user", KEY, SECRET, "Read", "Write", "List")]
+    (folder / "s3.json").write_text(json.dumps({"identities": users}))
     ports = _free_ports(len(PORTS))
     words = [f"{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
     where = (f"dir={folder}/data", "ip=127.0.0.1", "ip.bind=127.0.0.1", "filer", "s3", f"s3.config={folder}/s3.json")
@@ -90,6 +86,10 @@ def _start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
             start_new_session=True,  # the terminal's Ctrl-C is for the tests
         )
     return process, f"http://127.0.0.1:{ports[PORTS.index('s3.port')]}"
+
+
+def _user(name: str, key: str, secret: str, *actions: str) -> dict[str, Any]:
+    return {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
 
 
 def _free_ports(count: int) -> list[int]:

@@ -41,9 +41,9 @@ TEMPLATES = {
         "{count}{goods}，寄到{city}，交给{person}，辛苦了！",
     ],
 }
-NUMBERS = {
-    "en": dict(zip(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], range(2, 13))),
-    "zh": dict(zip(["两", "三", "四", "五", "六", "七", "八", "九", "十", "十一", "十二"], range(2, 13))),
+NUMBERS = {  # from two on
+    "en": "two three four five six seven eight nine ten eleven twelve",
+    "zh": "两 三 四 五 六 七 八 九 十 十一 十二",
 }
 # The first line of each is for training, the second for the held-out rows; Chinese goods begin with their measure word.
 PERSONS = {
@@ -98,7 +98,7 @@ def rows(language: str, part: str, rng: random.Random) -> list[dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     while len(found) < SIZES[part]:
         person, city, article = rng.choice(persons), rng.choice(cities), rng.choice(goods)
-        count, number = rng.choice(list(NUMBERS[language].items()))
+        number, count = rng.choice(list(enumerate(NUMBERS[language].split(), 2)))
         template = TEMPLATES[language][len(found) % len(TEMPLATES[language])]
         text = template.format(person=person, city=city, count=count, goods=article)
         blank = " " if language == "en" else ""

@@ -71,7 +71,7 @@ def test_every_value_trains_on_the_gpu(run_file: RunFile, sections: dict[str, An
 
 
 def test_losses_in_fp32_equal_those_of_the_cpu_with_the_same_masks(run_file: RunFile) -> None:
-    shared = {"lora": {"dropout": 0.3}, "train": {"max_steps": 5}}
+    shared = {"lora": {"dropout": 0.3}, "train": {"max_steps": 5, "learning_rate": 1e-4}}
     gpu = losses(run(run_file("gpu", **shared)))
     path = run_file("cpu", **shared)
     done = qlora("train", path, env={"CUDA_VISIBLE_DEVICES": ""})

@@ -1,0 +1,84 @@
+"""The command in real processes that need not import torch again: forked from one that has."""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["job.train", "job.data.show"])
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended and what it said."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+class Command:
+    """`qlora` with these words, running. Used as a context manager it is gone at the end."""
+
+    def __init__(self, *words: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None):
+        self.folder = TemporaryDirectory()
+        variables = {**os.environ, "COLUMNS": "200", **(env or {})}
+        arguments = (list(map(str, words)), self.folder.name, variables, cwd)
+        self.process: BaseProcess = _CONTEXT.Process(target=_main, args=arguments)
+        self.process.start()
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.folder.cleanup()
+
+    def said(self, name: str = "err") -> str:
+        """What it wrote so far to `out` or `err`."""
+        path = Path(self.folder.name, name)
+        return path.read_text() if path.exists() else ""
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        assert self.process.pid
+        os.kill(self.process.pid, number)
+
+    def wait_for(self, words: str, timeout_s: float = 120) -> None:
+        """Wait until it has written `words` to err."""
+        end = time.monotonic() + timeout_s
+        while words not in self.said():
+            assert self.process.is_alive() and time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+    def wait(self, timeout_s: float = 200) -> Done:
+        """Wait for its end."""
+        self.process.join(timeout_s)
+        return Done(self.process.exitcode, self.said("out"), self.said("err"))
+
+
+def run(*words: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Done:
+    """Run `qlora` with these words to its end."""
+    with Command(*words, env=env, cwd=cwd) as command:
+        return command.wait()
+
+
+def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | None) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    if cwd:
+        os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = ["qlora", *words]
+    from job.cli import main
+
+    main()
