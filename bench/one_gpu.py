@@ -72,7 +72,10 @@ def measure(model: Path, work: Path, length: int, micro: int, *overrides: str) -
     config = work / "run.yaml"
     config.write_text(json.dumps(values))  # JSON is YAML
     begun = time.time()
-    subprocess.run([sys.executable, "-m", "job", "train", str(config), *overrides], check=True, capture_output=True)
+    words = [sys.executable, "-m", "job", "train", str(config), *overrides]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     seconds = time.time() - begun
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     stepping = sum(row["tokens"] / row["tokens_per_s"] for row in found)

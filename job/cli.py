@@ -90,7 +90,8 @@ def data(
 
     from job.data import make_encoder, read_rows
     from job.data.show import show_losses, show_rows
-    from job.model import fetch, quiet_libraries
+    from job.model import quiet_libraries
+    from job.pretrained import fetch
     from job.tokenizer import Tokenizer
 
     quiet_libraries()

@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-_MULTIPLY = (-1640531535, -2048144777)
-"""0x9E3779B1 and 0x85EBCA77 as int32: the odd constants of xxHash32, which spread low bits to high ones."""
+if torch.cuda.is_available():
+    from job.dropout_gpu import drop_on_gpu
+
+MULTIPLY = (-1640531535, -2048144777)
+"""0x9E3779B1 and 0x85EBCA77 as int32: the odd constants of xxHash32, which spread low bits to high ones. The kernel in
+`dropout_gpu` has the same."""
 
 
 class Places:
@@ -78,22 +82,33 @@ class _Drop(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, tokens: torch.Tensor, features: torch.Tensor, p: float) -> torch.Tensor:
         ctx.save_for_backward(tokens, features)
         ctx.p = p
-        return x * keep_mask(tokens, features, p, x.dtype)
+        return drop(x, tokens, features, p)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         tokens, features = ctx.saved_tensors
-        return grads[0] * keep_mask(tokens, features, ctx.p, grads[0].dtype), None, None, None
+        return drop(grads[0], tokens, features, ctx.p), None, None, None
 
 
-def keep_mask(tokens_BT: torch.Tensor, features_F: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
-    """[B, T, F] of 0 (probability p) and 1 / (1 - p): a hash of each pair of int32 keys against a threshold."""
+def drop(x_BTF: torch.Tensor, tokens_BT: torch.Tensor, features_F: torch.Tensor, p: float) -> torch.Tensor:
+    """Zero each element whose keys' hash is below the share `p`, scale the rest: on a GPU in one kernel."""
+    if x_BTF.is_cuda:
+        return drop_on_gpu(x_BTF, tokens_BT, features_F, threshold(p), 1 / (1 - p))
+    return torch.where(kept(tokens_BT, features_F, p), x_BTF * (1 / (1 - p)), 0)
+
+
+def kept(tokens_BT: torch.Tensor, features_F: torch.Tensor, p: float) -> torch.Tensor:
+    """[B, T, F], False with probability p: a hash of each pair of int32 keys against a threshold."""
     mixed = tokens_BT.unsqueeze(-1) ^ features_F
-    mixed.mul_(_MULTIPLY[0])
+    mixed.mul_(MULTIPLY[0])
     mixed ^= mixed >> 15
-    mixed.mul_(_MULTIPLY[1])
-    threshold = round(p * 2**32) - 2**31
-    return (mixed >= threshold).to(dtype).div_(1 - p)
+    mixed.mul_(MULTIPLY[1])
+    return mixed >= threshold(p)
+
+
+def threshold(p: float) -> int:
+    """The int32 below which lies the share `p` of all int32."""
+    return round(p * 2**32) - 2**31
 
 
 def _mix(a: Any, b: Any) -> Any:

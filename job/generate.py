@@ -15,8 +15,9 @@ from job.data.load import split_rows
 from job.formats import Segment
 from job.hardware import this_hardware
 from job.headers import read_headers
-from job.model import DTYPE, add_adapter, base_name, build, fetch, place, read_config, shares
+from job.model import DTYPE, add_adapter, build, place, shares
 from job.plan import make_plan
+from job.pretrained import base_name, fetch, read_config
 from job.run_folder import RunFolder
 from job.tokenizer import Tokenizer
 from job.weights import dequantized, stream

@@ -42,32 +42,36 @@ def run(
     world: World,
     on_row: OnRow,
     stop: Callable[[], str | None],
-) -> Progress:
+    progress: Progress,
+) -> None:
     """Train `plan.steps` steps.
 
     Args:
         on_row: gets every row of metrics, on every rank equally often.
-        stop: asked between steps; a text ends the training there.
+        stop: asked between steps; a text ends the training there, with no further evaluation.
+        progress: kept up to date, so that the caller knows the step whatever happens.
 
     Raises:
         JobError: the loss is not finite.
     """
-    progress = Progress()
     evaluate = _evaluator(engine, data, plan, config, world, on_row)
-    evaluate(progress)
+    if not stop():
+        evaluate(progress)
     every = config.evaluation.every_steps
     for batch in data.train.from_step(0):
+        if batch.step == plan.steps:
+            break
         progress.stopped = _enough(progress, config)
         progress.interrupted = stop()
-        if batch.step == plan.steps or progress.stopped or progress.interrupted:
+        if progress.stopped or progress.interrupted:
             break
         begun = time.perf_counter()
         rate = plan.learning_rate(batch.step)
         micro_batches = data.train.share(batch, world.rank, world.world_size, plan.micro_batch_size)
         step = engine.train_step(batch, micro_batches, rate)
-        progress.step = batch.step + 1
         seconds = time.perf_counter() - begun
-        _refuse_infinite(step, progress.step)
+        _refuse_infinite(step, batch.step + 1)
+        progress.step = batch.step + 1
         on_row(
             {
                 "step": progress.step,
@@ -83,10 +87,9 @@ def run(
         )
         if every and progress.step % every == 0:
             evaluate(progress)
-    if progress.evaluated_at != progress.step:
+    if progress.evaluated_at != progress.step and not progress.interrupted:
         evaluate(progress)
     progress.adapter = progress.adapter or engine.gather()
-    return progress
 
 
 def _evaluator(

@@ -1,18 +1,14 @@
 """The model: built without memory, filled from streamed pieces, with the adapter on top. The door to transformers."""
 
 import hashlib
-import json
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
-import huggingface_hub
 import peft
 import torch
 import transformers
@@ -21,93 +17,15 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from job.config import RunConfig
-from job.config.learning import Lora, Model, Quantization
-from job.config.running import Storage
+from job.config.learning import Lora, Quantization
 from job.dropout import Places, RowDropout
 from job.errors import ConfigError, ModelError
 from job.headers import Tensor
-from job.store import Store, is_url, reason
-from job.weights import Piece, Share
+from job.weights import TORCH_DTYPE, Piece, Share
 
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 IGNORED_TENSORS = ("rotary_emb.inv_freq",)
 """Tensors of old checkpoints that newer code computes itself."""
-
-
-def fetch(model: Model, storage: Storage) -> tuple[str, Store]:
-    """A local folder with the model's small files, and the store its weights are streamed from.
-
-    Raises:
-        ModelError: no such folder, hub id or bucket, or it holds no model.
-    """
-    if is_url(model.name):
-        store = Store(model.name, storage)
-        folder = tempfile.mkdtemp(prefix="qlora-model-")
-        try:
-            wanted = [name for name in store.names() if any(Path(name).match(pattern) for pattern in SMALL_FILES)]
-            for name in wanted:
-                Path(folder, name).write_bytes(store.read(name))
-        except Exception as fault:  # every driver has its own errors
-            raise ModelError(
-                f"model.name: {model.name}: {reason(fault)}. Check the URL and storage.endpoint"
-            ) from fault
-    elif Path(model.name).is_dir():
-        folder, store = model.name, Store(model.name)
-    else:
-        folder = _from_hub(model)
-        store = Store(folder)
-    if not Path(folder, "config.json").is_file():
-        raise ModelError(f"model.name: {model.name} has no config.json. Give a transformers checkpoint")
-    return folder, store
-
-
-def _from_hub(model: Model) -> str:
-    try:
-        return str(
-            huggingface_hub.snapshot_download(
-                model.name, revision=model.revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]
-            )
-        )
-    except Exception as fault:  # the hub's client raises many kinds
-        raise ModelError(
-            f"model.name: {model.name} is no folder here and cannot be had from the hub ({reason(fault)}). "
-            "Check the path, or the id and HF_TOKEN"
-        ) from fault
-
-
-def base_name(model: Model) -> str:
-    """What an adapter's config calls its base, so that it loads from anywhere: hub id, URL or absolute folder."""
-    return str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
-
-
-def read_config(folder: str, model: Model) -> Any:
-    """The checkpoint's transformers configuration.
-
-    Raises:
-        ModelError: it is unreadable, needs remote code that is not allowed, or is quantized already.
-    """
-    _refuse_remote_code(folder, model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as fault:
-        raise ModelError(f"model.name: {model.name}: {' '.join(str(fault).split())[:300]}") from fault
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"model.name: {model.name} is quantized already. Give the 16-bit checkpoint it was made from")
-    return config
-
-
-def _refuse_remote_code(folder: str, model: Model) -> None:
-    try:
-        written = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise ModelError(f"model.name: {model.name}: config.json is damaged ({fault}). Copy it again") from fault
-    kind = written.get("model_type", "(none)")
-    if "auto_map" in written and kind not in transformers.CONFIG_MAPPING and not model.trust_remote_code:
-        raise ModelError(
-            f"model.name: {model.name} has the architecture {kind}, which transformers does not know, and brings "
-            "Python code for it, which is not run. Set model.trust_remote_code: true if you trust its authors"
-        )
 
 
 def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> Any:
@@ -171,9 +89,9 @@ def shares(model: nn.Module, headers: dict[str, Tensor], name: str) -> list[Shar
         module = model.get_submodule(parameter.rpartition(".")[0])
         quantize = isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and parameter.endswith(".weight")
         shape = (module.out_features, module.in_features) if quantize else tuple(value.shape)
-        if tensor is None or tensor.shape != shape:
-            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-            faults.append(f"{parameter} {found}, expected shape {list(shape)}")
+        if tensor is None or tensor.shape != shape or tensor.dtype not in TORCH_DTYPE:
+            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)} of {tensor.dtype}"
+            faults.append(f"{parameter} {found}, expected {list(shape)} of 16- or 32-bit floats")
             continue
         used.add(parameter)
         if parameter not in tied:

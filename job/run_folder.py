@@ -1,6 +1,7 @@
 """The run's folder under output.url: whose it is, what it was asked for, and how it stands."""
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -23,6 +24,13 @@ class Status:
     reason: str
     step: int
     updated: str
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text that begins like a number: run files know more numbers than YAML 1.1, such as 2e-4."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+.]?\d"), list("-+.0123456789"))
 
 
 class RunFolder:
@@ -93,9 +101,8 @@ class RunFolder:
             OutputError: the URL cannot be written.
         """
         try:
-            self.store.write(
-                SETTINGS, yaml.safe_dump(self.config.model_dump(), sort_keys=False, allow_unicode=True).encode()
-            )
+            text = yaml.dump(self.config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+            self.store.write(SETTINGS, text.encode())
             self.write_status("running", "", 0)
         except Exception as fault:  # every driver has its own errors
             raise OutputError(f"output.url: {self.config.output.url} cannot be written: {reason(fault)}") from fault

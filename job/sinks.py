@@ -59,7 +59,7 @@ class ConsoleSink:
             return
         if not self.begun:
             self.begun, self.first = time.monotonic(), step
-        said = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tok/s  {self._left(step)}"
+        said = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tok/s{self._left(step)}"
         if self.bar:
             self.bar.update(self.task, completed=step, said=said)
         elif step % self.every_steps == 0 or step == self.steps:
@@ -77,7 +77,7 @@ class ConsoleSink:
         if not done:
             return ""
         seconds = round((time.monotonic() - self.begun) / done * (self.steps - step))
-        return f"{seconds // 60}:{seconds % 60:02d} left"
+        return f"  {seconds // 60}:{seconds % 60:02d} left"
 
 
 class JsonlSink:

@@ -49,7 +49,12 @@ class Tokenizer:
         return template.get("default") if isinstance(template, dict) else template
 
     def text(self, text: str, first: bool = False) -> list[int]:
-        """Ids of content: the text of special tokens in it is plain text. `first`: nothing comes before it."""
+        """Ids of content: the text of special tokens in it is plain text. `first`: nothing comes before it.
+
+        Raises:
+            ValueError: the text has half a character (a lone surrogate, from JSON such as "\\ud83d").
+        """
+        text.encode()
         return self._encode(text, first, split_special_tokens=True)
 
     def markup(self, text: str, first: bool = False) -> list[int]:

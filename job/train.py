@@ -11,19 +11,9 @@ from job.engine import Engine, connect, on_first_rank
 from job.errors import Interrupted, JobError, ModelError
 from job.hardware import this_hardware
 from job.headers import read_headers
-from job.model import (
-    DTYPE,
-    add_adapter,
-    base_name,
-    build,
-    fetch,
-    lora_targets,
-    place,
-    read_config,
-    recompute_activations,
-    shares,
-)
+from job.model import DTYPE, add_adapter, build, lora_targets, place, recompute_activations, shares
 from job.plan import make_plan
+from job.pretrained import base_name, fetch, read_config
 from job.run_folder import RunFolder
 from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
 from job.stop import StopRequest
@@ -85,7 +75,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
             recompute_activations(model)
         engine = Engine(model, places, plan, config.train, world)
         with _sinks(config, run, world, plan.steps) as on_row:
-            record.progress = loop.run(engine, data, plan, config, world, on_row, lambda: stop.asked)
+            loop.run(engine, data, plan, config, world, on_row, lambda: stop.asked, record.progress)
         if world.speaks:
             target = run.store.child("adapter")
             adapter.write(model, record.progress.adapter, tokenizer, target, trained=record.progress.step > 0)

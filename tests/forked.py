@@ -1,4 +1,4 @@
-"""The command in real processes that need not import torch again: forked from one that has."""
+"""The command in real processes that need not import torch again: forked, without a GPU, from one that has."""
 
 import multiprocessing
 import os
@@ -6,9 +6,15 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import pytest
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""For the forking process too: CUDA does not survive a fork."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["job.train", "job.data.show"])
@@ -26,11 +32,21 @@ class Done:
 class Command:
     """`qlora` with these words, running. Used as a context manager it is gone at the end."""
 
-    def __init__(self, *words: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None):
+    def __init__(
+        self,
+        *words: str | Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        stdin: str = "/dev/null",
+    ):
         self.folder = TemporaryDirectory()
-        variables = {**os.environ, "COLUMNS": "200", **(env or {})}
-        arguments = (list(map(str, words)), self.folder.name, variables, cwd)
+        variables = {**os.environ, "COLUMNS": "200", **NO_GPU, **(env or {})}
+        arguments = (list(map(str, words)), self.folder.name, variables, cwd, stdin)
         self.process: BaseProcess = _CONTEXT.Process(target=_main, args=arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in NO_GPU.items():
+                patch.setenv(name, value)
+            forkserver.ensure_running()
         self.process.start()
 
     def __enter__(self) -> "Command":
@@ -71,9 +87,10 @@ def run(*words: str | Path, env: Mapping[str, str] | None = None, cwd: Path | No
         return command.wait()
 
 
-def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | None) -> None:
+def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | None, stdin: str) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin = open(stdin)  # noqa: SIM115 - for as long as the process lives
     if cwd:
         os.chdir(cwd)
     os.environ.clear()

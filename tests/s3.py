@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import s3fs
+import fsspec
 
 KEY, SECRET, BUCKET = "AKIATESTKEY", "a-very-secret-key", "bucket"
 ADMIN_KEY, ADMIN_SECRET = "AKIAADMIN", "another-secret-key"
@@ -43,10 +43,10 @@ class S3:
         """The run file's section."""
         return {"endpoint": self.endpoint, "region": "us-east-1", "path_style": True}
 
-    def fs(self, key: str = KEY, secret: str = SECRET) -> s3fs.S3FileSystem:
+    def fs(self, key: str = KEY, secret: str = SECRET) -> Any:
         """A client of the tests' own, which remembers nothing."""
         forgetful = {"use_listings_cache": False, "skip_instance_cache": True}
-        return s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=self.endpoint, **forgetful)
+        return fsspec.filesystem("s3", key=key, secret=secret, endpoint_url=self.endpoint, **forgetful)
 
 
 @contextmanager

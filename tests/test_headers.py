@@ -71,7 +71,7 @@ def test_a_damaged_index_is_named(store: Store) -> None:
 
 
 def test_a_folder_without_weights_says_what_is_there(store: Store) -> None:
-    with pytest.raises(ModelError, match="no weights. Expected .* There is no such folder, or it is empty"):
+    with pytest.raises(ModelError, match=r"no weights. Expected .* There is no such folder, or it is empty"):
         read_headers(store)
     store.write("config.json", b"{}")
     store.write("notes.txt", b"")
@@ -120,7 +120,7 @@ def test_a_half_copied_file_is_refused_before_it_is_loaded(store: Store) -> None
 
 def test_a_type_that_cannot_be_read_is_named(store: Store) -> None:
     store.write(FILE, raw({"a": {**ENTRY, "dtype": "F8_E4M3"}}, bytes(8)))
-    with pytest.raises(ModelError, match="a has type F8_E4M3, expected one of F64, .* Give the 16-bit checkpoint"):
+    with pytest.raises(ModelError, match=r"a has type F8_E4M3, expected one of F64, .* Give the 16-bit checkpoint"):
         read_headers(store)
 
 

@@ -12,7 +12,8 @@ import transformers
 from job.config import RunConfig
 from job.errors import ConfigError, ModelError
 from job.headers import read_headers
-from job.model import add_adapter, build, fetch, lora_targets, place, read_config, shares
+from job.model import add_adapter, build, lora_targets, place, shares
+from job.pretrained import fetch, read_config
 from job.weights import stream
 from tests.conftest import make_llama, settings
 
@@ -135,9 +136,12 @@ def broken(folder: Path, tiny_model: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is missing, expected shape [64, 64]"),
+        (
+            {"num_hidden_layers": 3},
+            "model.layers.2.self_attn.q_proj.weight is missing, expected [64, 64] of 16- or 32-bit floats",
+        ),
         ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is in the checkpoint but not in the model"),
-        ({"intermediate_size": 96}, "gate_proj.weight has shape [160, 64], expected shape [96, 64]"),
+        ({"intermediate_size": 96}, "gate_proj.weight has shape [160, 64] of BF16, expected [96, 64] of"),
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_named(

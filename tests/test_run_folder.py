@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from job.config import RunConfig, parse_config
 from job.errors import OutputError
@@ -18,7 +17,7 @@ from tests.s3 import BUCKET, S3
 
 
 def config(url: str | Path, **sections: Mapping[str, Any]) -> RunConfig:
-    return parse_config(yaml.safe_dump(settings("model", "rows.jsonl", url, **sections)))
+    return parse_config(json.dumps(settings("model", "rows.jsonl", url, **sections)))
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
@@ -163,7 +162,7 @@ def test_a_run_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="output.url: .* cannot be written: "):
+    with pytest.raises(OutputError, match=r"output.url: .* cannot be written: "):
         RunFolder(config(tmp_path / "file/out")).begin()
 
 

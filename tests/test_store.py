@@ -9,7 +9,7 @@ import s3fs
 
 from job.config.running import Storage
 from job.store import Store, fs_options, is_url, open_text, reason
-from tests.s3 import BUCKET, KEY, SECRET, S3
+from tests.s3 import BUCKET, KEY, S3, SECRET
 
 KINDS = ("file", "memory", "s3")
 
@@ -185,7 +185,7 @@ def test_no_keys_at_all_says_where_to_put_them(s3: S3, monkeypatch: pytest.Monke
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(Exception) as fault:  # noqa: PT011 - botocore's own
+    with pytest.raises(Exception) as fault:
         Store(f"s3://{BUCKET}/keys", Storage(**s3.storage)).read("a")
     assert reason(fault.value).startswith("no keys. Put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into")
     s3fs.S3FileSystem.clear_instance_cache()

@@ -1,0 +1,102 @@
+"""Where the pretrained model comes from: a folder, a URL or a hub id; its small files and its configuration."""
+
+import atexit
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import transformers
+
+from job.config.learning import Model
+from job.config.running import Storage
+from job.errors import ModelError
+from job.store import Store, is_url, reason
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+
+
+def fetch(model: Model, storage: Storage) -> tuple[str, Store]:
+    """A local folder with the model's small files, and the store its weights are streamed from.
+
+    Raises:
+        ModelError: no such folder, hub id or bucket, or it holds no model.
+    """
+    if is_url(model.name):
+        store = Store(model.name, storage)
+        folder = tempfile.mkdtemp(prefix="qlora-model-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            bucket = store.missing_bucket()
+            wanted = [name for name in store.names() if any(Path(name).match(pattern) for pattern in SMALL_FILES)]
+            for name in wanted:
+                Path(folder, name).write_bytes(store.read(name))
+        except Exception as fault:  # every driver has its own errors
+            raise ModelError(
+                f"model.name: {model.name}: {reason(fault)}. Check the URL and storage.endpoint"
+            ) from fault
+        if bucket:
+            raise ModelError(
+                f"model.name: {model.name}: no bucket {bucket}. Check the URL and storage.endpoint"
+            )
+    elif Path(model.name).is_dir():
+        folder, store = model.name, Store(model.name)
+    else:
+        folder = _from_hub(model)
+        store = Store(folder)
+    if not Path(folder, "config.json").is_file():
+        raise ModelError(f"model.name: {model.name} has no config.json. Give a transformers checkpoint")
+    return folder, store
+
+
+def _from_hub(model: Model) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
+        raise ModelError(f"model.name: {model.name}: no such folder, and no hub id (owner/name). Check the path")
+    try:
+        return str(
+            huggingface_hub.snapshot_download(
+                model.name, revision=model.revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]
+            )
+        )
+    except Exception as fault:  # the hub's client raises many kinds
+        raise ModelError(
+            f"model.name: {model.name} is no folder here and cannot be had from the hub ({reason(fault)}). "
+            "Check the path, or the id and HF_TOKEN"
+        ) from fault
+
+
+def base_name(model: Model) -> str:
+    """What an adapter's config calls its base, so that it loads from anywhere: hub id, URL or absolute folder."""
+    return str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
+
+
+def read_config(folder: str, model: Model) -> Any:
+    """The checkpoint's transformers configuration.
+
+    Raises:
+        ModelError: it is unreadable, needs remote code that is not allowed, or is quantized already.
+    """
+    _refuse_remote_code(folder, model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as fault:
+        raise ModelError(f"model.name: {model.name}: {' '.join(str(fault).split())[:300]}") from fault
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"model.name: {model.name} is quantized already. Give the 16-bit checkpoint it was made from")
+    return config
+
+
+def _refuse_remote_code(folder: str, model: Model) -> None:
+    try:
+        written = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise ModelError(f"model.name: {model.name}: config.json is damaged ({fault}). Copy it again") from fault
+    kind = written.get("model_type", "(none)")
+    if "auto_map" in written and kind not in transformers.CONFIG_MAPPING and not model.trust_remote_code:
+        raise ModelError(
+            f"model.name: {model.name} has the architecture {kind}, which transformers does not know, and brings "
+            "Python code for it, which is not run. Set model.trust_remote_code: true if you trust its authors"
+        )

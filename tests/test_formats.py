@@ -1,0 +1,218 @@
+"""Rows of the usual formats as segments."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import InputError
+from job.formats import FORMATS, Segment, format_of, learn_last, segments_of
+
+S, U, A, T = "system", "user", "assistant", "text"
+PLACES = {"prompt": "Q: {q}\n[[Context: {c}\n]]A: ", "completion": "{a}!"}
+
+ROWS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str, bool]]]] = {
+    "alpaca": (
+        "alpaca",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        [(U, "Add.\n1 2", False), (A, "3", True)],
+    ),
+    "alpaca with empty input": (
+        "alpaca",
+        {"instruction": "Hi", "input": "", "output": "Ho"},
+        [(U, "Hi", False), (A, "Ho", True)],
+    ),
+    "alpaca without input": ("alpaca", {"instruction": "Hi", "output": "Ho"}, [(U, "Hi", False), (A, "Ho", True)]),
+    "alpaca with system and a number": (
+        "alpaca",
+        {"system": "Be brief.", "instruction": "1+1?", "input": None, "output": 2},
+        [(S, "Be brief.", False), (U, "1+1?", False), (A, "2", True)],
+    ),
+    "conversations by role": (
+        "conversations",
+        {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        [(U, "a", False), (A, "b", True)],
+    ),
+    "conversations of ShareGPT": (
+        "conversations",
+        {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        [(S, "s", False), (U, "a", False), (A, "b", True)],
+    ),
+    "messages": (
+        "messages",
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {"role": "assistant", "content": "c", "learn": False},
+                {"role": "tool", "content": "d"},
+                {"role": "assistant", "content": "e"},
+            ]
+        },
+        [(S, "s", False), (U, "ab", False), (A, "c", False), ("tool", "d", False), (A, "e", True)],
+    ),
+    "prompt and completion as text": (
+        "prompt_completion",
+        {"prompt": "Once ", "completion": "upon"},
+        [(T, "Once ", False), (T, "upon", True)],
+    ),
+    "prompt and completion as messages": (
+        "prompt_completion",
+        {
+            "prompt": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ],
+            "completion": [{"role": "assistant", "content": "d"}],
+        },
+        [(U, "a", False), (A, "b", False), (U, "c", False), (A, "d", True)],
+    ),
+    "AdvertiseGen": (
+        "content_summary",
+        {"content": "类型#裤", "summary": "宽松的裤子"},
+        [(U, "类型#裤", False), (A, "宽松的裤子", True)],
+    ),
+    "text": ("text", {"text": "all of it"}, [(T, "all of it", True)]),
+}
+
+
+def segments(name: str, row: dict[str, Any], template: dict[str, str] | None = None) -> list[Segment]:
+    name, kind = format_of(name, template, row)
+    return segments_of(kind, name, row)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_becomes_segments(case: str) -> None:
+    name, row, expected = ROWS[case]
+    assert segments(name, row) == expected
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_the_format_is_recognised_by_its_fields(case: str) -> None:
+    name, row, _ = ROWS[case]
+    assert format_of("auto", None, row)[0] == name
+
+
+def test_every_format_has_a_case() -> None:
+    assert {name for name, _, _ in ROWS.values()} == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "learnt"),
+    [
+        ({"q": "why", "c": "rain", "a": "wet"}, "Q: why\nContext: rain\nA: wet!", "wet!"),
+        ({"q": "why", "c": "", "a": "wet"}, "Q: why\nA: wet!", "wet!"),
+        ({"q": "why", "a": "wet"}, "Q: why\nA: wet!", "wet!"),
+        ({"q": "{a} [[x]]", "c": "{q}", "a": "{c}"}, "Q: {a} [[x]]\nContext: {q}\nA: {c}!", "{c}!"),
+    ],
+    ids=["all fields", "empty optional field", "missing optional field", "braces in a field stay as they are"],
+)
+def test_a_template_is_filled_and_its_completion_learnt(row: dict[str, str], text: str, learnt: str) -> None:
+    made = segments("auto", row, PLACES)
+    assert "".join(part.content for part in made) == text
+    assert "".join(part.content for part in made if part.learn) == learnt
+    assert {part.content for part in made if part.role == "text"} == {value for value in row.values() if value}
+
+
+def test_template_places_outside_the_brackets_are_needed_wherever_the_brackets_are() -> None:
+    template = {"prompt": "[[{c}]]{c}{q}", "completion": "{a}[[ ({why})]]"}
+    assert format_of("template", template, {})[1].needs == ("c", "q", "a")
+    assert "".join(part.content for part in segments("template", {"c": "c", "q": "q", "a": "a"}, template)) == "ccqa"
+
+
+def test_the_user_s_own_function_makes_turns() -> None:
+    made = segments("tests.my_rows:ask", {"q": "Why?", "a": "So."})
+    assert [(part.content, part.learn) for part in made if part.role == "assistant"] == [
+        ("Let me think.", False),
+        ("So.", True),
+    ]
+
+
+def test_the_user_s_own_module_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_the_run_file.py").write_text("def f(row): return [{'role': 'assistant', 'content': row['x']}]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert segments("beside_the_run_file:f", {"x": "y"}) == [Segment("assistant", "y", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        (
+            "alpaca",
+            {"instruction": "a", "answer": "b", "output": None},
+            "has instruction, answer; the format alpaca needs instruction, output (missing: output)",
+        ),
+        ("text", {"text": None}, "has no fields; the format text needs text (missing: text)"),
+        ("text", {"text": {"a": 1}}, "text is a dict, expected text"),
+        ("messages", {"messages": []}, "messages: expected a list of turns"),
+        ("messages", {"messages": "hello"}, "messages: expected a list of turns"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}]},
+            "messages: turn 2 has the role 'narrator', expected one of system, user, human, assistant, gpt, bot, "
+            "model, tool, observation",
+        ),
+        ("conversations", {"conversations": ["hello"]}, "conversations: turn 1 has the role None, expected one of"),
+        ("tests.my_rows:ask", {"q": "Why?", "x": 1}, "has q, x; tests.my_rows:ask failed with KeyError: 'a'"),
+    ],
+)
+def test_a_row_that_lacks_something_says_what_it_has(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        segments(name, row)
+    assert str(refused.value).startswith(message)
+
+
+OFFERS = (
+    "alpaca: instruction, output; conversations: conversations; messages: messages; prompt_completion: prompt, "
+    "completion; content_summary: content, summary; text: text"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("auto", f"data.format: no format has the fields q, a. Set data.template, or use {OFFERS}"),
+        (
+            "sharegpt",
+            "data.format: sharegpt is unknown. Valid: auto, template, module:function, alpaca, conversations, "
+            "messages, prompt_completion, content_summary, text",
+        ),
+        (
+            "no_such_module:f",
+            "data.format: no_such_module:f cannot be imported (No module named 'no_such_module'). "
+            "Expected module:function",
+        ),
+        (
+            "tests.my_rows:tell",
+            "data.format: tests.my_rows:tell cannot be imported (module 'tests.my_rows' has no attribute 'tell'). "
+            "Expected module:function",
+        ),
+        (":f", "data.format: :f cannot be imported (Empty module name). Expected module:function"),
+    ],
+)
+def test_a_format_that_cannot_be_had_is_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        format_of(name, None, {"q": "a", "a": "b"})
+    assert str(refused.value) == message
+
+
+def test_only_the_last_answer_is_learnt_when_asked() -> None:
+    turns = [Segment(U, "a"), Segment(A, "b", True), Segment(U, "c"), Segment(A, "d", True), Segment(U, "e")]
+    assert [part.content for part in learn_last(turns) if part.learn] == ["d"]
+    assert learn_last([Segment(U, "a")]) == [Segment(U, "a")]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "messages", "text", "prompt_completion"])
+def test_a_question_is_a_row_whose_answer_is_empty(name: str) -> None:
+    *asked, answer = FORMATS[name].ask("Why?")
+    assert [part.content for part in asked] == ["Why?"]
+    assert (answer.content, answer.learn) == ("", True)
+
+
+def test_a_question_fills_the_template_s_first_place() -> None:
+    asked = format_of("template", PLACES, {})[1].ask("Why?")
+    assert "".join(part.content for part in asked) == "Q: Why?\nA: "
+    assert asked[-1] == Segment("text", "", True)

@@ -1,0 +1,171 @@
+"""The arithmetic that settings and machine imply."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from job.config import parse_config
+from job.errors import ConfigError
+from job.plan import Plan, make_plan
+from job.world import Hardware, World
+from tests.test_config import LEAST
+
+CPU = Hardware("cpu", "this CPU", bf16=True, memory_gib=8)
+H200 = Hardware("cuda", "NVIDIA H200", bf16=True, memory_gib=140)
+T4 = Hardware("cuda", "Tesla T4", bf16=False, memory_gib=15)
+
+
+def plan(*overrides: str, hardware: Hardware = CPU, world: World | None = None, model_type: str = "llama") -> Plan:
+    return make_plan(parse_config(LEAST, overrides), world or World(), hardware, model_type)
+
+
+def rates(schedule: str, warmup: float, steps: int) -> list[float]:
+    made = plan(f"train.schedule={schedule}", f"train.warmup_steps={warmup}", "train.learning_rate=0.5")
+    return [made.with_steps(steps).learning_rate(step) for step in range(steps)]
+
+
+def transformers_rates(schedule: str, warmup: int, steps: int) -> list[float]:
+    """One rate for each scheduler step 0..steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    follow = transformers.get_scheduler(
+        "constant_with_warmup" if schedule == "constant" else schedule, optimizer, warmup, steps
+    )
+    found = []
+    for _ in range(steps + 1):
+        found.append(follow.get_last_lr()[0])
+        optimizer.step()
+        follow.step()
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_learning_rates_are_transformers_with_the_warm_up_one_step_ahead(schedule: str, warmup: int) -> None:
+    ours, theirs = rates(schedule, warmup, 20), transformers_rates(schedule, warmup, 20)
+    assert ours[:warmup] == pytest.approx(theirs[1 : warmup + 1])
+    assert ours[warmup:] == pytest.approx(theirs[warmup:20])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0.03, 10), (0.5, 7), (9, 5)])
+def test_every_step_learns_something_and_none_more_than_the_peak(schedule: str, warmup: float, steps: int) -> None:
+    assert all(0 < rate <= 0.5 for rate in rates(schedule, warmup, steps))
+
+
+def test_the_peak_comes_at_the_end_of_the_warm_up_and_the_fall_goes_to_nothing() -> None:
+    assert rates("constant", 4, 6) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+    assert rates("linear", 0, 100)[-1] == pytest.approx(0.005)
+    assert rates("cosine", 0, 100)[50] == pytest.approx(0.25)
+    assert rates("cosine", 0, 100)[-1] < 0.001
+
+
+@pytest.mark.parametrize(
+    ("setting", "steps", "expected"), [(0, 100, 0), (0.03, 100, 3), (0.03, 10, 1), (1, 100, 1), (7, 100, 7)]
+)
+def test_warm_up_is_a_share_below_one_and_a_number_from_there(setting: float, steps: int, expected: int) -> None:
+    assert plan(f"train.warmup_steps={setting}").with_steps(steps).warmup_steps == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "hardware", "chosen", "notes"),
+    [
+        ("auto", CPU, "bf16", ()),
+        ("auto", H200, "bf16", ()),
+        ("auto", T4, "fp16", ("Tesla T4 has no bf16: fp16 with loss scaling instead",)),
+        ("fp16", H200, "fp16", ()),
+        ("fp32", T4, "fp32", ()),
+    ],
+)
+def test_precision_follows_the_machine_and_says_so(
+    precision: str, hardware: Hardware, chosen: str, notes: tuple[str, ...]
+) -> None:
+    made = plan(f"train.precision={precision}", hardware=hardware)
+    assert (made.precision, made.compute_dtype, made.notes) == (chosen, chosen, notes)
+
+
+def test_the_compute_dtype_can_differ() -> None:
+    made = plan("train.precision=bf16", "quantization.compute_dtype=fp32")
+    assert (made.precision, made.compute_dtype) == ("bf16", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where", "fault"),
+    [
+        (
+            ["train.precision=fp16"],
+            {"hardware": CPU},
+            "train.precision: fp16 does not train on a CPU. Use auto, bf16 or fp32",
+        ),
+        (
+            ["train.precision=bf16"],
+            {"hardware": T4},
+            "train.precision: Tesla T4 has no bf16. Use auto or fp16",
+        ),
+        (
+            ["train.precision=fp16"],
+            {"hardware": H200, "model_type": "gemma2"},
+            "train.precision: gemma2 overflows in fp16. Use bf16 on a GPU that has it, or fp32",
+        ),
+        (
+            [],
+            {"hardware": T4, "model_type": "gemma3_text"},
+            "train.precision: gemma3_text overflows in fp16. Use bf16 on a GPU that has it, or fp32",
+        ),
+        (
+            ["train.global_batch_size=100", "train.micro_batch_size=2"],
+            {"world": World(0, 8)},
+            "train.global_batch_size: 100 is not a multiple of 16 (2 per rank x 8 ranks). Try 96 or 112",
+        ),
+        (
+            ["train.global_batch_size=2"],
+            {"world": World(0, 4)},
+            "train.global_batch_size: 2 is not a multiple of 4 (1 per rank x 4 ranks). Try 4 or 8",
+        ),
+        (
+            ["model.attention=flash_attention_2"],
+            {"hardware": CPU},
+            "model.attention: flash_attention_2 needs a GPU. Use sdpa",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(overrides: list[str], where: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(*overrides, **where)
+    assert refused.value.faults == (fault,)
+
+
+def test_faults_of_settings_and_machine_come_together() -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan("train.precision=fp16", "train.global_batch_size=3", world=World(0, 2))
+    assert str(refused.value).splitlines() == [
+        "2 problems in the settings for this machine",
+        "  train.precision: fp16 does not train on a CPU. Use auto, bf16 or fp32",
+        "  train.global_batch_size: 3 is not a multiple of 2 (1 per rank x 2 ranks). Try 2 or 4",
+    ]
+
+
+def test_accumulation_follows_from_the_batch_sizes() -> None:
+    made = plan("train.global_batch_size=48", "train.micro_batch_size=2", world=World(1, 3))
+    assert (made.global_batch_size, made.micro_batch_size, made.accumulation) == (48, 2, 8)
+
+
+@pytest.mark.parametrize(("precision", "hardware"), [("bf16", CPU), ("fp16", T4), ("fp32", CPU)])
+def test_deepspeed_gets_these_numbers(precision: str, hardware: Hardware) -> None:
+    made = plan(f"train.precision={precision}", "train.max_grad_norm=0.3", "parallel.bucket=1000", hardware=hardware)
+    config = made.deepspeed()
+    numbers = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 16}
+    assert numbers.items() <= config.items()
+    assert config["gradient_clipping"] == 0.3
+    assert config["zero_optimization"]["stage"] == 1
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert {name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")} == {precision} - {"fp32"}
+    if precision == "fp16":
+        assert config["fp16"]["loss_scale"] == 0, "dynamic loss scaling"
+
+
+def test_deepspeed_s_own_bucket_is_left_alone_unless_set() -> None:
+    assert not {"reduce_bucket_size", "allgather_bucket_size"} & set(plan().deepspeed()["zero_optimization"])
+    assert math.isclose(plan().peak_rate, 2e-4)
