@@ -94,6 +94,8 @@ def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: s
         )
     if train.optimizer == "paged_adamw_8bit" and hardware.device == "cpu":
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
+    if hardware.gpus > 1 and world.world_size == 1:
+        notes.append(f"{hardware.gpus} GPUs are here and one is used: this version trains in one process")
     if config.model.attention.startswith("flash") and hardware.device == "cpu":
         faults.append(f"model.attention: {config.model.attention} needs a GPU. Use sdpa")
     if faults:

@@ -39,9 +39,7 @@ def fetch(model: Model, storage: Storage) -> tuple[str, Store]:
                 f"model.name: {model.name}: {reason(fault)}. Check the URL and storage.endpoint"
             ) from fault
         if bucket:
-            raise ModelError(
-                f"model.name: {model.name}: no bucket {bucket}. Check the URL and storage.endpoint"
-            )
+            raise ModelError(f"model.name: {model.name}: no bucket {bucket}. Check the URL and storage.endpoint")
     elif Path(model.name).is_dir():
         folder, store = model.name, Store(model.name)
     else:

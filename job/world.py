@@ -9,12 +9,13 @@ from job.errors import InputError
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a rank computes on; `memory_gib` is the device's memory, GiB."""
+    """What a rank computes on; `memory_gib` is the device's memory, GiB, `gpus` how many this machine shows."""
 
     device: Literal["cpu", "cuda"]
     name: str
     bf16: bool
     memory_gib: float
+    gpus: int = 0
 
 
 @dataclass(frozen=True)

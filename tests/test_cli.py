@@ -125,7 +125,7 @@ WORDS = {
     ),
     "missing model": (
         "model.name={tmp}/none",
-        "ModelError: model.name: {tmp}/none is no folder here and cannot be had",
+        "ModelError: model.name: {tmp}/none: no such folder, and no hub id (owner/name). Check the path",
     ),
     "missing held-out file": ("evaluation.file={tmp}/none.jsonl", "DataError: {tmp}/none.jsonl: not found."),
     "missing own format": ("data.format=nowhere:rows", "nowhere"),

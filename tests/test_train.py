@@ -332,6 +332,16 @@ def test_an_adapter_that_learnt_nothing_is_refused() -> None:
         adapter.prove(untouched, untouched, trained=True)
 
 
+def test_a_tokenizer_without_a_pad_token_is_saved_as_it_was(run_file: RunFile, tiny_model: Path) -> None:
+    saved, given = (transformers.AutoTokenizer.from_pretrained(f) for f in (run(run_file()) / "adapter", tiny_model))
+    assert saved.pad_token is None
+    assert (saved.eos_token, saved.get_vocab(), saved.chat_template) == (
+        given.eos_token,
+        given.get_vocab(),
+        given.chat_template,
+    )
+
+
 def test_losses_fall_on_a_pattern(run_file: RunFile) -> None:
     out = run(run_file(train={"max_steps": 20}))
     firsts, lasts = losses(out)[:5], losses(out)[-5:]
