@@ -142,7 +142,7 @@ def _read_table(lines: Iterator[str], name: str, kind: str) -> Iterator[Row]:
                 raise DataError(f"{name} line {reader.line_num}: more cells than the header's {len(fields) - 1}")
             yield Row(f"{name} line {reader.line_num}", dict(fields))
     except csv.Error as fault:
-        raise DataError(f"{name} line {reader.line_num}: broken CSV: {fault}") from fault
+        raise DataError(f"{name} line {reader.line_num + 1}: broken CSV: {fault}") from fault  # where the row begins
 
 
 def _read_json(lines: Iterator[str], name: str) -> Iterator[Row]:

@@ -19,7 +19,7 @@ def fit(parts: Sequence[Encoded], max_length: int) -> list[Encoded] | None:
         return None
     prompt = sum(len(part.ids) for part in parts if not part.markup and not part.learn)
     answer = sum(len(part.ids) for part in parts if not part.markup and part.learn)
-    keep_answer = min(answer, room - min(prompt, room // 4))
+    keep_answer = min(answer, room - min(prompt, max(room // 4, 1)))
     kept = _cut_prompts(list(parts), prompt - min(prompt, room - keep_answer))
     return _cut_answers(kept, answer - keep_answer)
 
