@@ -199,7 +199,9 @@ def test_changes_name_key_rule_and_both_values() -> None:
 
 def test_an_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name in ("HF_TOKEN", "HF_ENDPOINT"):  # set, so that their absence is put back in the end
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("HF_TOKEN")
     assert not load_dotenv_file()
     (tmp_path / ".env").write_text("HF_TOKEN=hf_secret\nHF_ENDPOINT=https://mirror.example\n")
     os.environ["HF_ENDPOINT"] = "https://mine.example"

@@ -1,5 +1,6 @@
 """From rows to tokens: what is cut and counted, what is held out, and how a data set is reported."""
 
+import os
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -258,7 +259,9 @@ def test_a_fault_in_held_out_rows_names_them(load: Load, tmp_path: Path) -> None
     ids=["alpaca", "own function", "template"],
 )
 def test_two_workers_make_the_tokens_of_one(load: Load, rows: list[Any], data: dict[str, Any]) -> None:
+    environment = os.environ
     alone, both = (load(rows, data={**data, "workers": count}).train.tokens for count in (1, 2))
+    assert os.environ is environment
     for name in ("ids", "learn", "offsets", "rows"):
         assert np.array_equal(getattr(alone, name), getattr(both, name))
     assert alone.fate == both.fate

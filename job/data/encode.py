@@ -1,6 +1,7 @@
 """Rows into tokens: format, chat encoding, truncation, and a count of what was lost on the way."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -119,15 +120,20 @@ class Encoder:
         )
         datasets.disable_progress_bars()
         workers = min(self.data.workers, len(rows))
-        done = table.map(
-            self._encode_batch,
-            batched=True,
-            with_indices=True,
-            keep_in_memory=True,
-            remove_columns=["where", "fields"],
-            num_proc=workers if workers > 1 else None,
-            new_fingerprint="tokens",
-        )
+        environment = os.environ
+        try:
+            done = table.map(
+                self._encode_batch,
+                batched=True,
+                with_indices=True,
+                keep_in_memory=True,
+                remove_columns=["where", "fields"],
+                num_proc=workers if workers > 1 else None,
+                new_fingerprint="tokens",
+            )
+        finally:
+            # with processes, datasets leaves a copy in its place, whose changes nobody sees who holds the original
+            os.environ = environment  # noqa: B003
         kept = [place for place, ids in enumerate(done["ids"]) if ids]
         if not kept:
             raise DataError(f"none of the {len(rows)} rows has anything to learn: {_listed(Counter(done['fate']))}")
