@@ -20,12 +20,14 @@ OnRow = Callable[[Metrics], None]
 
 @dataclass
 class Progress:
-    """How far a run got. `adapter` holds the trained tensors by name, the best ones when those are kept; `stopped`
-    says why training was enough before its last step, `interrupted` who asked for a stop."""
+    """How far a run got. `adapter` holds the trained tensors by name, the best ones when those are kept, whose
+    evaluation loss is `kept_eval`; `stopped` says why training was enough before its last step, `interrupted` who
+    asked for a stop."""
 
     step: int = 0
     first_eval: float | None = None
     last_eval: float | None = None
+    kept_eval: float | None = None
     best_eval: float = math.inf
     evaluated_at: int = -1
     worse: int = 0
@@ -112,7 +114,7 @@ def _evaluator(
         progress.worse = 0 if better else progress.worse + 1
         progress.best_eval = min(loss, progress.best_eval)
         if better and config.evaluation.keep_best and progress.step:
-            progress.adapter = engine.gather()
+            progress.adapter, progress.kept_eval = engine.gather(), loss
 
     return evaluate
 

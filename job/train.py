@@ -81,7 +81,8 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
             adapter.write(model, record.progress.adapter, tokenizer, target, trained=record.progress.step > 0)
         record.finish()
     progress = record.progress
-    return Outcome("finished", progress.step, progress.first_eval, progress.last_eval, f"{run.store.url}/adapter")
+    after = progress.last_eval if progress.kept_eval is None else progress.kept_eval
+    return Outcome("finished", progress.step, progress.first_eval, after, f"{run.store.url}/adapter")
 
 
 def _fits(data: Dataset, architecture: object, name: str) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from job import adapter
 from job.config import parse_config
 from job.errors import AdapterError, ConfigError, ModelError
+from job.report import summary
 from job.train import train
 from job.world import World
 from tests.conftest import REPOSITORY, alpaca_rows, losses, metrics, write_rows
@@ -273,6 +274,8 @@ def test_keep_best_writes_the_adapter_of_the_lowest_evaluation_loss(run_file: Ru
     stopped = run(run_file("stopped", train={**steps, "max_steps": lowest}, evaluation=judged))
     kept, expected = (load_file(out / "adapter/adapter_model.safetensors") for out in (best, stopped))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    told = next(summary(parse_config((best / "run.yaml").read_text())))
+    assert told.endswith(f"before, {found[lowest]:.4f} after {lowest} steps")
 
 
 def test_two_ranks_have_the_losses_of_one(run_file: RunFile) -> None:
