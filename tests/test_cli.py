@@ -64,6 +64,12 @@ def test_explain_suggests_the_nearest_name() -> None:
     assert run("config").code == 2
 
 
+def test_remote_code_that_is_asked_for_is_warned_of(run_file: RunFile) -> None:
+    warning = "Warning: model.trust_remote_code runs Python code from the checkpoint with all your rights"
+    assert warning in run("data", run_file(), "model.trust_remote_code=true").err
+    assert warning not in run("data", run_file()).err
+
+
 def test_data_marks_what_is_learnt_and_lists_dropped_and_cut_rows_with_reasons(
     run_file: RunFile, tmp_path: Path
 ) -> None:
