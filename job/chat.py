@@ -65,9 +65,9 @@ class ModelChat:
             raise ValueError(f"the model's chat template refuses these turns: {fault}") from fault
         parts = re.split(f"({_EDGE}?)\ue000(\\d+)\ue001({_EDGE}?)", rendered)
         seen = [int(index) for index in parts[2::4]]
-        lost = [turn.role for i, turn in enumerate(turns) if turn.learn and i not in seen]
+        lost = [turn.role for i, turn in enumerate(turns) if i not in seen]
         if lost:
-            raise ValueError("the model's chat template drops an assistant turn that is to be learnt")
+            raise ValueError(f"the model's chat template drops the {lost[0]} turn. Leave it out, or set data.template")
         pieces = [Piece(parts[0], True, False)]
         for before, index, after, markup in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4], strict=True):
             turn = turns[int(index)]
@@ -148,7 +148,8 @@ def encode(segments: Sequence[Segment], tokenizer: Tokenizer, chat: ChatFormat) 
 
 def prompt_ids(encoded: Sequence[Encoded]) -> list[int]:
     """The ids before the last learnt content: what a model is given to answer, exactly as in training."""
-    answer = max(place for place, part in enumerate(encoded) if part.learn and not part.markup)
+    learnt = [place for place, part in enumerate(encoded) if part.learn and not part.markup]
+    answer = learnt[-1] if learnt else len(encoded)
     return [token for part in encoded[:answer] for token in part.ids]
 
 

@@ -69,16 +69,33 @@ def turns_of(turns: Any) -> list[Segment]:
         raise ValueError("expected a list of turns")
     segments = []
     for number, turn in enumerate(turns, 1):
-        said = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {number} is a {type(turn).__name__}, expected {{role, content}}")
+        said = _first(turn, "role", "from")
         role = ROLES.get(str(said).lower())
         if role is None:
             raise ValueError(f"turn {number} has the role {said!r}, expected one of {', '.join(ROLES)}")
-        content = turn.get("content", turn.get("value"))
-        if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-        learn = role == "assistant" and bool(turn.get("learn", True))
-        segments.append(Segment(role, "" if content is None else str(content), learn))
+        learn = role == "assistant" and turn.get("learn") is not False
+        segments.append(Segment(role, _content(turn, number), learn))
     return segments
+
+
+def _content(turn: Mapping[str, Any], number: int) -> str:
+    """The text of a turn; what is no text (images, tool calls) is refused rather than left out in silence."""
+    content = _first(turn, "content", "value")
+    if turn.get("tool_calls"):
+        raise ValueError(f"turn {number} has tool_calls, which are not read. Write them into its content")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        content = None if None in parts else "".join(map(str, parts))
+    if content is None:
+        found = ", ".join(key for key, value in turn.items() if value is not None)
+        raise ValueError(f"turn {number} has {found}, but no text in content or value")
+    return str(content)
+
+
+def _first(turn: Mapping[str, Any], *names: str) -> Any:
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _conversation(field: str) -> Callable[[Row], list[Segment]]:
@@ -223,6 +240,8 @@ def segments_of(kind: Format, name: str, row: Row) -> list[Segment]:
 def learn_last(segments: Iterable[Segment]) -> list[Segment]:
     """Only the last learnt segment stays learnt (`data.learn: last`)."""
     kept = list(segments)
+    if not any(segment.role == "assistant" for segment in kept):
+        return kept  # rows without turns have one answer, however many segments it takes
     last = max((place for place, segment in enumerate(kept) if segment.learn), default=-1)
     return [segment._replace(learn=place == last) for place, segment in enumerate(kept)]
 

@@ -8,10 +8,11 @@ import torch
 
 from job import adapter
 from job.chat import chat_format, encode, prompt_ids, stop_ids
-from job.config import RunConfig
+from job.config import RunConfig, changes
 from job.config.learning import Generation, Quantization
 from job.data import Encoder, Row, make_encoder, read_rows
 from job.data.load import split_rows
+from job.errors import InputError
 from job.formats import Segment
 from job.hardware import this_hardware
 from job.headers import read_headers
@@ -47,6 +48,9 @@ class Responder:
     def __init__(self, config: RunConfig):
         self.config = config
         run = RunFolder(config)
+        _refuse_other_settings(run, config)
+        if not run.store.child("adapter").exists(adapter.WEIGHTS):
+            raise InputError(f"{run.store.url}/adapter: no adapter there. Run `qlora train` first")
         hardware = this_hardware(0)
         files, checkpoint = fetch(config.model, config.storage)
         architecture = read_config(files, config.model)
@@ -104,7 +108,8 @@ class Responder:
     @torch.no_grad()
     def _answer(self, segments: Sequence[Segment], tuned: bool) -> str:
         encoded = encode(segments, self.tokenizer, chat_format(self.tokenizer, self.config.data.template))
-        ids = torch.tensor([prompt_ids(encoded)], device=self.device)
+        # plain text has no prompt: without a bos it starts behind the end of another text
+        ids = torch.tensor([prompt_ids(encoded) or [self.tokenizer.eos]], device=self.device)
         how = _sampling(self.config.generation) | {
             "eos_token_id": stop_ids(encoded, self.tokenizer.eos),
             "pad_token_id": self.tokenizer.eos,  # one sequence has no padding; transformers asks for it all the same
@@ -116,6 +121,16 @@ class Responder:
             with self.model.disable_adapter():
                 out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
         return self.tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special=True).strip()
+
+
+def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
+    """An adapter answers as trained only on the base, quantization and scale that it was trained with."""
+    decisive = ("model.", "quantization.", "lora.")
+    differing = [c for c in changes(run.old, config) if c.key.startswith(decisive)] if run.old else []
+    differing = [change for change in differing if change.rule == "fixed"]
+    if differing:
+        listed = "\n  ".join(map(str, differing))
+        raise InputError(f"{run.store.url}: the adapter was trained with other settings\n  {listed}\n  Set these back")
 
 
 def _sampling(generation: Generation) -> dict[str, Any]:

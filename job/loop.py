@@ -107,13 +107,16 @@ def _evaluator(
 
     def evaluate(progress: Progress) -> None:
         loss = engine.evaluate(everything, mine)
+        if not math.isfinite(loss):
+            raise JobError(f"the evaluation loss after step {progress.step} is {loss}. Lower train.learning_rate")
         on_row({"step": progress.step, "eval_loss": loss})
         progress.first_eval = loss if progress.first_eval is None else progress.first_eval
         progress.last_eval, progress.evaluated_at = loss, progress.step
         better = loss < progress.best_eval
         progress.worse = 0 if better else progress.worse + 1
         progress.best_eval = min(loss, progress.best_eval)
-        if better and config.evaluation.keep_best and progress.step:
+        lowest = progress.kept_eval is None or loss < progress.kept_eval
+        if lowest and config.evaluation.keep_best and progress.step:
             progress.adapter, progress.kept_eval = engine.gather(), loss
 
     return evaluate

@@ -34,7 +34,7 @@ def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> An
     Raises:
         ModelError: transformers has no such architecture, or cannot use the attention asked for.
     """
-    attention = "sdpa" if run.model.attention == "auto" else run.model.attention
+    attention = None if run.model.attention == "auto" else run.model.attention  # None: sdpa where there is one
     try:
         with torch.device("meta"):
             model: Any = transformers.AutoModelForCausalLM.from_config(
@@ -43,7 +43,7 @@ def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> An
                 attn_implementation=attention,
                 trust_remote_code=run.model.trust_remote_code,
             )
-    except (ValueError, ImportError) as fault:
+    except Exception as fault:  # a damaged config.json fails wherever it is first used
         raise ModelError(f"model.name: {run.model.name}: {' '.join(str(fault).split())[:300]}") from fault
     if run.quantization.type != "none":
         keep = get_keys_to_not_convert(model)

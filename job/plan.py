@@ -98,6 +98,12 @@ def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: s
         notes.append(f"{hardware.gpus} GPUs are here and one is used: this version trains in one process")
     if config.model.attention.startswith("flash") and hardware.device == "cpu":
         faults.append(f"model.attention: {config.model.attention} needs a GPU. Use sdpa")
+    sizes = (train.micro_batch_size, config.evaluation.micro_batch_size)
+    if config.model.attention.startswith("flash") and max(sizes) > 1:
+        faults.append(
+            f"model.attention: {config.model.attention} keeps packed rows apart only at train.micro_batch_size and "
+            "evaluation.micro_batch_size 1. Set both to 1, or use sdpa"
+        )
     if faults:
         raise ConfigError("the settings for this machine", faults)
     wanted = config.quantization.compute_dtype

@@ -56,7 +56,10 @@ def _from_hub(model: Model) -> str:
     try:
         return str(
             huggingface_hub.snapshot_download(
-                model.name, revision=model.revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]
+                model.name,
+                revision=model.revision,
+                allow_patterns=[*SMALL_FILES, "*.safetensors"],
+                ignore_patterns=["original/*", "consolidated*"],
             )
         )
     except Exception as fault:  # the hub's client raises many kinds
@@ -80,7 +83,7 @@ def read_config(folder: str, model: Model) -> Any:
     _refuse_remote_code(folder, model)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as fault:
+    except Exception as fault:  # a damaged config.json fails in many ways
         raise ModelError(f"model.name: {model.name}: {' '.join(str(fault).split())[:300]}") from fault
     if getattr(config, "quantization_config", None):
         raise ModelError(f"model.name: {model.name} is quantized already. Give the 16-bit checkpoint it was made from")
@@ -92,6 +95,8 @@ def _refuse_remote_code(folder: str, model: Model) -> None:
         written = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     except ValueError as fault:
         raise ModelError(f"model.name: {model.name}: config.json is damaged ({fault}). Copy it again") from fault
+    if not isinstance(written, dict):
+        raise ModelError(f"model.name: {model.name}: config.json is no object with settings. Copy it again")
     kind = written.get("model_type", "(none)")
     if "auto_map" in written and kind not in transformers.CONFIG_MAPPING and not model.trust_remote_code:
         raise ModelError(

@@ -28,8 +28,7 @@ def summary(config: RunConfig) -> Iterator[str]:
     losses = evaluations(read_metrics(store))
     if losses:
         (_, before), (step, after) = losses[0], losses[-1]
-        best = min(losses[1:] or losses, key=lambda evaluated: evaluated[1])
-        if config.evaluation.keep_best and best[1] < before:
-            step, after = best
+        if config.evaluation.keep_best:
+            step, after = min(losses[1:] or losses, key=lambda evaluated: evaluated[1])
         yield f"evaluation loss: {before:.4f} before, {after:.4f} after {step} steps"
     yield f"adapter: {store.url}/adapter"

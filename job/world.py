@@ -41,7 +41,7 @@ class World:
         numbers = {}
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", local_rank or 0)):
             text = env.get(name, str(default))
-            if not text.isdigit():
+            if not (text.isascii() and text.isdecimal()):
                 raise InputError(f"The environment's {name} is {text!r}, expected a number. Unset it or use a launcher")
             numbers[name] = int(text)
         if numbers["RANK"] >= numbers["WORLD_SIZE"]:

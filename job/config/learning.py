@@ -149,6 +149,8 @@ class Evaluation(Section):
             raise ValueError("evaluation.file and evaluation.share are both set. Keep one of them")
         if (self.keep_best or self.patience) and self.file is None and not self.share:
             raise ValueError("keep_best and patience need held-out rows. Set evaluation.file or evaluation.share")
+        if self.patience and not self.every_steps:
+            raise ValueError("patience counts evaluations on the way. Set evaluation.every_steps")
         return self
 
 

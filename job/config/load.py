@@ -64,7 +64,7 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "the ru
     """Read a run file's text; see `load_config`."""
     try:
         values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, ValueError) as fault:  # an impossible date is a ValueError
         raise ConfigError(source, [f"is no valid YAML: {' '.join(str(fault).split())}"]) from fault
     if not isinstance(values, dict):
         raise ConfigError(source, ["is no mapping of sections such as model, data, output"])
@@ -92,7 +92,7 @@ def _apply(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
             values[section] = {}
         try:
             values[section][name] = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, TypeError):
+        except (yaml.YAMLError, TypeError, ValueError):
             faults.append(f"{word}: the value is no valid YAML, or {section} is no section")
     return faults
 

@@ -129,6 +129,7 @@ class Encoder:
                 keep_in_memory=True,
                 remove_columns=["where", "fields"],
                 num_proc=workers if workers > 1 else None,
+                features=_COLUMNS,  # else they are guessed from the first rows, which may all be dropped
                 new_fingerprint="tokens",
             )
         finally:
@@ -151,6 +152,16 @@ class Encoder:
                 out["row"].append(index)
                 out["fate"].append("" if number else fate)
         return out
+
+
+_COLUMNS = datasets.Features(
+    {
+        "ids": datasets.List(datasets.Value("int32")),
+        "learn": datasets.List(datasets.Value("bool")),
+        "row": datasets.Value("int64"),
+        "fate": datasets.Value("string"),
+    }
+)
 
 
 def _length(parts: Sequence[Encoded]) -> int:

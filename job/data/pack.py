@@ -26,9 +26,23 @@ def epoch_order(
         return [[int(row)] for row in order]
     sequences = []
     for start in range(0, len(order), WINDOW):
-        packed = _best_fit([int(row) for row in order[start : start + WINDOW]], lengths, max_length)
+        rows = [int(row) for row in order[start : start + WINDOW]]
+        packed = (_best_fit if shuffle else _next_fit)(rows, lengths, max_length)
         turn = generator.permutation(len(packed)) if shuffle else range(len(packed))
         sequences += [packed[int(place)] for place in turn]
+    return sequences
+
+
+def _next_fit(rows: list[int], lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
+    """In order: a row that does not fit the sequence begins the next one."""
+    sequences: list[list[int]] = []
+    room = 0
+    for row in rows:
+        if lengths[row] > room:
+            sequences.append([])
+            room = max_length
+        sequences[-1].append(row)
+        room -= int(lengths[row])
     return sequences
 
 
