@@ -196,22 +196,25 @@ def test_something_reads_every_setting_that_has_a_choice() -> None:
     assert not unread
 
 
+JUDGED = ("evaluation.share=0.1", "evaluation.every_steps=7")
+
+
 def another(key: str, field: FieldInfo) -> RunConfig:
     """Held-out rows and defaults, but another value for one setting: the first of these that it accepts."""
     words = [str(word) for kind in (field.annotation, *get_args(field.annotation)) for word in get_args(kind) or [kind]]
     for value in ("true", "false", "2", "0.5", "[a]", "[]", "other", "{prompt: '{a}', completion: '{b}'}", *words):
         try:
-            config = minimal("evaluation.share=0.1", f"{key}={value}")
+            config = minimal(*JUDGED, f"{key}={value}")
         except ConfigError:
             continue
-        if changes(minimal("evaluation.share=0.1"), config):
+        if changes(minimal(*JUDGED), config):
             return config
     raise AssertionError(f"no other value for {key}")
 
 
 @pytest.mark.parametrize("key", [key for key in FIELDS if works(FIELDS[key]) is None and key != "evaluation.file"])
 def test_the_hash_follows_fixed_settings_only(key: str) -> None:
-    before, after = minimal("evaluation.share=0.1"), another(key, FIELDS[key])
+    before, after = minimal(*JUDGED), another(key, FIELDS[key])
     assert [change.key for change in changes(before, after)] == [key]
     assert (fixed_hash(before) != fixed_hash(after)) == (rule_of(FIELDS[key]).name == "fixed")
 

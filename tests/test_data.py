@@ -275,3 +275,10 @@ def test_the_held_out_share_is_disjoint_and_a_function_of_the_seed() -> None:
     assert split_rows(rows, 0.25, seed=3) == (train, held)
     assert split_rows(rows, 0.25, seed=4) != (train, held)
     assert train == [row for row in rows if row in train]
+
+
+def test_a_thousand_leading_rows_with_nothing_to_learn_are_dropped_and_counted(load: Load) -> None:
+    empty = [{"instruction": "Say nothing.", "output": ""}] * 1100
+    tokens = load([*empty, {"instruction": "Say one.", "output": "one"}]).train.tokens
+    assert len(tokens) == 1
+    assert tokens.fate["dropped: nothing to learn"] == 1100

@@ -155,7 +155,22 @@ def test_the_user_s_own_module_is_found_in_the_current_folder(tmp_path: Path, mo
             "messages: turn 2 has the role 'narrator', expected one of system, user, human, assistant, gpt, bot, "
             "model, tool, observation",
         ),
-        ("conversations", {"conversations": ["hello"]}, "conversations: turn 1 has the role None, expected one of"),
+        ("conversations", {"conversations": ["hello"]}, "conversations: turn 1 is a str, expected {role, content}"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "txt": "q"}]},
+            "messages: turn 1 has role, txt, but no text in content or value",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "messages: turn 1 has role, content, but no text in content or value",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]},
+            "messages: turn 1 has tool_calls, which are not read",
+        ),
         ("tests.my_rows:ask", {"q": "Why?", "x": 1}, "has q, x; tests.my_rows:ask failed with KeyError: 'a'"),
     ],
 )

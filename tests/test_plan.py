@@ -169,3 +169,10 @@ def test_deepspeed_gets_these_numbers(precision: str, hardware: Hardware) -> Non
 def test_deepspeed_s_own_bucket_is_left_alone_unless_set() -> None:
     assert not {"reduce_bucket_size", "allgather_bucket_size"} & set(plan().deepspeed()["zero_optimization"])
     assert math.isclose(plan().peak_rate, 2e-4)
+
+
+def test_flash_attention_with_several_sequences_a_forward_is_refused_for_it_would_mix_packed_rows() -> None:
+    message = "keeps packed rows apart only at train.micro_batch_size and evaluation.micro_batch_size 1"
+    with pytest.raises(ConfigError, match=message):
+        plan("model.attention=flash_attention_2", "train.micro_batch_size=2", hardware=H200)
+    assert plan("model.attention=flash_attention_2", hardware=H200).micro_batch_size == 1

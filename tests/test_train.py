@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from job import adapter
 from job.config import parse_config
-from job.errors import AdapterError, ConfigError, ModelError
+from job.errors import AdapterError, ConfigError, InputError, ModelError
 from job.report import summary
 from job.train import train
 from job.world import World
@@ -262,6 +262,24 @@ def test_evaluations_come_every_n_steps_and_training_stops_when_they_get_no_bett
     assert status["step"] == len(found) - 1 < 12
     assert status["state"] == "finished"
     assert status["reason"] == f"early: 1 evaluations without a lower loss than {found[-2]:.4f}"
+
+
+def test_keep_best_keeps_the_lowest_trained_one_even_when_the_base_was_better(run_file: RunFile) -> None:
+    wild = {"learning_rate": 100.0, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "max_steps": 2}
+    path = run_file(train=wild, evaluation={"share": 0.25, "every_steps": 1, "keep_best": True})
+    done = train(parse_config(path.read_text()), World(), lambda line: None)
+    found = [row["eval_loss"] for row in metrics(path.parent / "out/run") if "eval_loss" in row]
+    assert found[0] < min(found[1:]), "the base must be better for this test to say anything"
+    assert (done.eval_before, done.eval_after) == (found[0], min(found[1:]))
+
+
+def test_an_adapter_is_not_compared_under_other_settings(run_file: RunFile) -> None:
+    path = run_file()
+    run(path)
+    from job.generate import Responder
+
+    with pytest.raises(InputError, match=r"trained with other settings\n  lora.alpha: 8 there, 800 here"):
+        Responder(parse_config(path.read_text(), ["lora.alpha=800"]))
 
 
 def test_keep_best_writes_the_adapter_of_the_lowest_evaluation_loss(run_file: RunFile) -> None:
