@@ -146,6 +146,23 @@ def _parameter(module: nn.Module, piece: Piece) -> Any:
     return nn.Parameter(piece.data, requires_grad=False)
 
 
+@torch.no_grad()
+def refuse_leaking_packs(model: Any, device: str) -> None:
+    """Prove that a row's logits do not depend on the row before it in its sequence.
+
+    Raises:
+        ConfigError: they do: this architecture does not restart at position 0.
+    """
+    row, positions = torch.arange(16, 28), torch.cat([torch.arange(8), torch.arange(12)])
+    logits = []
+    for before in (torch.arange(8), torch.arange(8, 16)):
+        packed = torch.cat([before, row])[None].to(device)
+        logits.append(model(packed, position_ids=positions[None].to(device), use_cache=False).logits[0, 8:].float())
+    if (logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].abs().max():
+        reason = f"{type(model).__name__} lets packed rows see each other. Set data.packing: false"
+        raise ConfigError("the settings for this model", [f"data.packing: {reason}"])
+
+
 def linear_names(model: Any) -> list[str]:
     """Last names of the linears that can get an adapter: all but the output layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -11,7 +11,16 @@ from job.engine import Engine, connect, on_first_rank
 from job.errors import Interrupted, JobError, ModelError
 from job.hardware import this_hardware
 from job.headers import read_headers
-from job.model import DTYPE, add_adapter, build, lora_targets, place, recompute_activations, shares
+from job.model import (
+    DTYPE,
+    add_adapter,
+    build,
+    lora_targets,
+    place,
+    recompute_activations,
+    refuse_leaking_packs,
+    shares,
+)
 from job.plan import make_plan
 from job.pretrained import base_name, fetch, read_config
 from job.run_folder import RunFolder
@@ -70,6 +79,8 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     with _recorded(run, world) as record, StopRequest() as stop:
         dtype = DTYPE[plan.precision]
         place(skeleton, stream(checkpoint, wanted, config.quantization, dtype, hardware.device), hardware.device)
+        if config.data.packing:
+            refuse_leaking_packs(skeleton, hardware.device)
         model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)
         if config.train.recompute == "full":
             recompute_activations(model)

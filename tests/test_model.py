@@ -12,7 +12,7 @@ import transformers
 from job.config import RunConfig
 from job.errors import ConfigError, ModelError
 from job.headers import read_headers
-from job.model import add_adapter, build, lora_targets, place, shares
+from job.model import add_adapter, build, lora_targets, place, refuse_leaking_packs, shares
 from job.pretrained import fetch, read_config
 from job.weights import stream
 from tests.conftest import make_llama, settings
@@ -172,3 +172,13 @@ def test_dropout_of_the_frozen_base_is_off(tmp_path: Path, tiny_model: Path) -> 
     ids = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_architectures_whose_packed_rows_see_each_other_are_refused() -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    opt = transformers.OPTConfig(**size, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0)
+    llama = transformers.LlamaConfig(**size, intermediate_size=64)
+    refuse_leaking_packs(transformers.AutoModelForCausalLM.from_config(llama), "cpu")
+    with pytest.raises(ConfigError, match=r"OPTForCausalLM lets packed rows see each other. Set data.packing: false"):
+        refuse_leaking_packs(transformers.AutoModelForCausalLM.from_config(opt).eval(), "cpu")
