@@ -18,7 +18,7 @@ from job.hardware import this_hardware
 from job.headers import read_headers
 from job.model import DTYPE, add_adapter, build, place, shares
 from job.plan import make_plan
-from job.pretrained import base_name, fetch, read_config
+from job.pretrained import base_name, fetch, fetch_weights, read_config
 from job.run_folder import RunFolder
 from job.tokenizer import Tokenizer
 from job.weights import dequantized, stream
@@ -60,6 +60,7 @@ class Responder:
         first = read_rows(config.data.train, config.storage)[0]
         self.encoder: Encoder = make_encoder(config, self.tokenizer, first)
         base = build(architecture, config, plan.precision, plan.compute_dtype)
+        checkpoint = fetch_weights(config.model, checkpoint)
         wanted = shares(base, read_headers(checkpoint), config.model.name)
         dtype = DTYPE[plan.precision]
         pieces = stream(checkpoint, wanted, config.quantization, dtype, self.device)

@@ -43,23 +43,32 @@ def fetch(model: Model, storage: Storage) -> tuple[str, Store]:
     elif Path(model.name).is_dir():
         folder, store = model.name, Store(model.name)
     else:
-        folder = _from_hub(model)
+        folder = _from_hub(model, SMALL_FILES)
         store = Store(folder)
     if not Path(folder, "config.json").is_file():
         raise ModelError(f"model.name: {model.name} has no config.json. Give a transformers checkpoint")
     return folder, store
 
 
-def _from_hub(model: Model) -> str:
+def fetch_weights(model: Model, store: Store) -> Store:
+    """The store with the weights in it: `fetch` leaves those of a hub id where they are until all else is checked.
+
+    Raises:
+        ModelError: the hub does not give them.
+    """
+    if is_url(model.name) or Path(model.name).is_dir():
+        return store
+    return Store(_from_hub(model, ("*.safetensors", "*.safetensors.index.json")))
+
+
+def _from_hub(model: Model, files: tuple[str, ...]) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
         raise ModelError(f"model.name: {model.name}: no such folder, and no hub id (owner/name). Check the path")
+    other_formats = ["original/*", "consolidated*"]  # the same weights once more
     try:
         return str(
             huggingface_hub.snapshot_download(
-                model.name,
-                revision=model.revision,
-                allow_patterns=[*SMALL_FILES, "*.safetensors"],
-                ignore_patterns=["original/*", "consolidated*"],
+                model.name, revision=model.revision, allow_patterns=list(files), ignore_patterns=other_formats
             )
         )
     except Exception as fault:  # the hub's client raises many kinds

@@ -22,7 +22,7 @@ from job.model import (
     shares,
 )
 from job.plan import make_plan
-from job.pretrained import base_name, fetch, read_config
+from job.pretrained import base_name, fetch, fetch_weights, read_config
 from job.run_folder import RunFolder
 from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
 from job.stop import StopRequest
@@ -68,10 +68,11 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     plan = make_plan(config, world, hardware, architecture.model_type)
     tokenizer = Tokenizer(files, config.model.trust_remote_code)
     skeleton = build(architecture, config, plan.precision, plan.compute_dtype)
-    wanted = shares(skeleton, read_headers(checkpoint), config.model.name)
     lora_targets(skeleton, config.lora.targets)
     data = load_dataset(config, tokenizer)
     _fits(data, architecture, config.model.name)
+    checkpoint = fetch_weights(config.model, checkpoint)
+    wanted = shares(skeleton, read_headers(checkpoint), config.model.name)
     plan = plan.with_steps(config.train.max_steps or data.train.steps(config.train.epochs))
     for line in (*plan.notes, *data.report(), f"{plan.steps} steps in {plan.precision} on {hardware.name}"):
         say(line)
