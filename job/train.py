@@ -125,8 +125,9 @@ class _Record:
         why = self.progress.interrupted
         if why:
             self.write("interrupted", why)
+            which = "The adapter of this step" if self.progress.kept_eval is None else "The best adapter so far"
             raise Interrupted(
-                f"{why} after step {self.progress.step}. The adapter of this step is in {self.run.store.url}/adapter; "
+                f"{why} after step {self.progress.step}. {which} is in {self.run.store.url}/adapter; "
                 "this version cannot continue the run, start it with another output.url"
             )
         self.write("finished", self.progress.stopped or "")

@@ -192,4 +192,4 @@ def test_no_keys_at_all_says_where_to_put_them(s3: S3, monkeypatch: pytest.Monke
 
 
 def test_a_local_folder_without_permission_says_so_and_speaks_of_no_keys() -> None:
-    assert reason(PermissionError(13, "Permission denied", "/root/x")) == "access denied"
+    assert reason(PermissionError(13, "Permission denied", "/no/x")) == "access denied"

@@ -86,7 +86,7 @@ class Data(Section):
     learn: Fixed[Literal["all", "last"]] = "all"
     """Which assistant turns of a conversation are learnt: all, or only the last. Fixed."""
     max_length: Fixed[PositiveInt] = 2048
-    """Longest sequence, in tokens. A longer row loses the middle of its prompt first. Fixed."""
+    """Longest sequence, in tokens. A longer row loses its oldest exchanges, then the middle of its prompt. Fixed."""
     packing: Fixed[bool] = True
     """Put several rows into one sequence, isolated from each other; off (false) pads rows to the longest of
     their batch. Fixed."""
