@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.utils import infer_compression
 
 from job.config.running import Storage
 
@@ -125,7 +127,18 @@ def fs_options(url: str, storage: Storage) -> dict[str, Any]:
 def open_text(url: str, storage: Storage | None = None, **how: Any) -> Any:
     """Open one file as UTF-8 text, decompressed by its ending (.gz, .bz2, .xz, .zst, .zip)."""
     options = fs_options(url, storage or Storage())
-    return fsspec.open(url, "rt", encoding="utf-8", compression="infer", **how, **options)
+    return fsspec.open(url, "rt", encoding="utf-8", compression=compression(url), **how, **options)
+
+
+def compression(url: str) -> str | None:
+    """fsspec's name of the compression that the file's ending says; None without one."""
+    return infer_compression(without_query(url))  # type: ignore[no-any-return]
+
+
+def without_query(text: str) -> str:
+    """The text with every http address up to its `?` or `#`: the file's name ends there, and behind it may be a
+    signature, which no message may show."""
+    return re.sub(r"(https?://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1", text)
 
 
 def is_s3(url: str) -> bool:

@@ -8,6 +8,8 @@ import json
 import lzma
 import threading
 from collections.abc import Callable, Iterator
+from datetime import date, datetime
+from decimal import Decimal
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,6 +58,8 @@ FILES: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "excel.csv": lambda rows: b"\xef\xbb\xbf" + table(rows, ","),
     "rows.tsv": lambda rows: table(rows, "\t"),
     "rows.parquet": parquet,
+    "rows.parquet.gz": lambda rows: gzip.compress(parquet(rows)),
+    "rows.parquet.zst": lambda rows: zstandard.compress(parquet(rows)),
     "rows.jsonl.gz": lambda rows: gzip.compress(lines(rows)),
     "rows.jsonl.bz2": lambda rows: bz2.compress(lines(rows)),
     "rows.v1.json.xz": lambda rows: lzma.compress(lines(rows)),
@@ -109,6 +113,52 @@ def test_memory_and_http_give_the_same_rows(folder: Path, web: str, name: str) -
     (folder / name).write_bytes(FILES[name](ROWS))
     assert read(f"memory://bucket/{name}") == read(f"{web}/{name}") == ROWS
     assert read(f"memory://bucket/{name}:train[:2]") == read(f"{web}/{name}:train[:2]") == ROWS[:2]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv.zst", "rows.parquet.gz"])
+def test_kind_and_compression_are_those_of_the_path_before_an_addresss_query(folder: Path, web: str, name: str) -> None:
+    (folder / name).write_bytes(FILES[name](ROWS))
+    assert read(f"{web}/{name}?signature=a.zip&of=user:me#part") == ROWS
+    assert read(f"{web}/{name}?signature=a.zip:train[:2]") == ROWS[:2]
+
+
+def test_no_message_shows_the_query_of_an_address(folder: Path, web: str) -> None:
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "rows.txt").write_bytes(b"")
+    kinds = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
+    for name, message in {
+        "empty.jsonl": "no rows. Expected at least one",
+        "rows.txt": f"unknown kind of file. Expected {kinds}, compressed or not",
+        "none.jsonl": "cannot be read: not found",
+    }.items():
+        assert refusal(f"{web}/{name}?signature=secret") == f"{web}/{name}: {message}"
+    assert "secret" not in refusal("http://127.0.0.1:1/rows.jsonl?signature=secret")
+
+
+def test_parquets_own_types_come_as_json_has_them(tmp_path: Path) -> None:
+    row = {
+        "when": datetime(2024, 7, 26, 12, 30),
+        "day": date(2024, 7, 26),
+        "price": Decimal("1.50"),
+        "text": "你好".encode(),
+        "image": b"\xff\xd8",
+        "turns": [{"at": date(2024, 7, 26), "n": 1}],
+        "none": None,
+        "share": 0.1,
+    }
+    (tmp_path / "rows.parquet").write_bytes(parquet([row]))
+    assert read(tmp_path / "rows.parquet") == [
+        {
+            "when": "2024-07-26 12:30:00",
+            "day": "2024-07-26",
+            "price": "1.50",
+            "text": "你好",
+            "image": "/9g=",
+            "turns": [{"at": "2024-07-26", "n": 1}],
+            "none": None,
+            "share": 0.1,
+        }
+    ]
 
 
 def test_folders_globs_and_lists_are_read_in_the_order_of_their_names(folder: Path) -> None:

@@ -116,7 +116,7 @@ class Encoder:
             DataError: a row cannot be used, or no row has anything to learn.
         """
         table = datasets.Dataset.from_dict(
-            {"where": [row.where for row in rows], "fields": [json.dumps(row.fields, default=str) for row in rows]}
+            {"where": [row.where for row in rows], "fields": [json.dumps(row.fields) for row in rows]}
         )
         datasets.disable_progress_bars()
         workers = min(self.data.workers, len(rows))

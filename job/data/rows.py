@@ -1,6 +1,8 @@
 """Rows from any source: files at any URL, globs, folders, hub ids, with a split or slice behind a colon."""
 
+import base64
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +15,7 @@ import pyarrow.parquet
 
 from job.config.running import Storage
 from job.errors import DataError
-from job.store import Store, fs_options, open_text, reason
+from job.store import Store, compression, fs_options, open_text, reason, without_query
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -21,14 +23,14 @@ _SPLIT = re.compile(r"^(?P<source>.+?):(?P<split>[A-Za-z_][\w.-]*(\[[^\]]*\])?)$
 
 
 class Row(NamedTuple):
-    """One example and where it stands (`file line 3`), for messages."""
+    """One example and where it stands (`file line 3`), for messages. The values are of JSON's types alone."""
 
     where: str
     fields: dict[str, Any]
 
 
 def read_rows(sources: str | Sequence[str], storage: Storage) -> list[Row]:
-    """All rows of one or several sources, in order.
+    """All rows of one or several sources, in order, whatever they are read for.
 
     Raises:
         DataError: a source is missing, broken or empty; names file and line.
@@ -37,13 +39,15 @@ def read_rows(sources: str | Sequence[str], storage: Storage) -> list[Row]:
     for source in [sources] if isinstance(sources, str) else sources:
         found = _read_source(source, storage)
         if not found:
-            raise DataError(f"{source}: no rows. Expected at least one")
+            raise DataError(f"{without_query(source)}: no rows. Expected at least one")
         rows += found
     return rows
 
 
 def _read_source(source: str, storage: Storage) -> list[Row]:
     match = _SPLIT.match(source)
+    if match and without_query(source) != source and not match["split"].startswith("train"):
+        match = None  # a colon in the address' query
     source, split = (match["source"], match["split"]) if match else (source, None)
     if _is_hub_id(source):
         return _read_hub(source, split or "train")
@@ -64,7 +68,7 @@ def _read_hub(name: str, split: str) -> list[Row]:
             f"{name}:{split} is no file here and cannot be had from the hub ({reason(fault)}). "
             "Check the path, or the id and HF_TOKEN"
         ) from fault
-    return [Row(f"{name}:{split} row {number}", row) for number, row in enumerate(found, 1)]
+    return [Row(f"{name}:{split} row {number}", _plain(row)) for number, row in enumerate(found, 1)]
 
 
 def _slice(rows: list[Row], split: str, source: str) -> list[Row]:
@@ -73,7 +77,7 @@ def _slice(rows: list[Row], split: str, source: str) -> list[Row]:
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
     except (ValueError, AssertionError, KeyError) as fault:
         raise DataError(
-            f"{source}:{split} is no split of a file ({fault}). Use train or a slice such as train[:1%]"
+            f"{without_query(source)}:{split} is no split of a file ({fault}). Use train or a slice such as train[:1%]"
         ) from fault
     return rows[slice(part.from_, part.to)]
 
@@ -103,8 +107,8 @@ def _ending(name: str) -> str:
 
 
 def _read_file(url: str, storage: Storage) -> list[Row]:
-    name = url.removeprefix("file://")
-    kind = _ending(url.partition("?")[0])
+    name = without_query(url).removeprefix("file://")
+    kind = _ending(name)
     if kind not in ENDINGS:
         raise DataError(f"{name}: unknown kind of file. Expected {', '.join(ENDINGS)}, compressed or not")
     try:
@@ -118,13 +122,30 @@ def _read_file(url: str, storage: Storage) -> list[Row]:
     except DataError:
         raise
     except Exception as fault:  # every driver and decompressor has its own errors
-        raise DataError(f"{name}: cannot be read: {reason(fault)}") from fault
+        raise DataError(f"{name}: cannot be read: {without_query(reason(fault))}") from fault
 
 
 def _read_parquet(url: str, name: str, storage: Storage) -> list[Row]:
-    with fsspec.open(url, "rb", **fs_options(url, storage)) as file:
-        table = pyarrow.parquet.read_table(file)
-    return [Row(f"{name} row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
+    packed = compression(url)
+    with fsspec.open(url, "rb", compression=packed, **fs_options(url, storage)) as file:
+        # Parquet is read from its end, which decompressors reach only through all before it
+        table = pyarrow.parquet.read_table(io.BytesIO(file.read()) if packed else file)
+    return [Row(f"{name} row {number}", _plain(row)) for number, row in enumerate(table.to_pylist(), 1)]
+
+
+def _plain(fields: Any) -> dict[str, Any]:
+    """The row in JSON's types, as if it came from a JSON file: Parquet and the hub's sets have more."""
+    return dict(json.loads(json.dumps(fields, default=_as_text)))
+
+
+def _as_text(value: Any) -> Any:
+    """Times and decimals as Python writes them, arrays as lists, bytes as the text that they are, else in base64."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:
