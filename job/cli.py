@@ -79,28 +79,28 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
 def data(
     config: Config,
     settings: Settings = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show, and how many held-out ones.")] = 3,
 ) -> None:
-    """Show rows as the model will see them, what is learnt, and what was dropped or cut and why.
+    """Show rows as the model will see them, trained on and held out, what is learnt, and what was dropped or cut.
 
     Example: qlora data configs/smollm2-135m-demo.yaml --rows 5
     """
     run = _load(config, settings)
     from rich.console import Console
 
-    from job.data import make_encoder, read_rows
-    from job.data.show import show_losses, show_rows
+    from job.data import make_encoder, read_split
+    from job.data.show import show
     from job.model import quiet_libraries
     from job.pretrained import fetch
     from job.tokenizer import Tokenizer
 
     quiet_libraries()
-    found = read_rows(run.data.train, run.storage)
+    train, held_out = read_split(run)
     tokenizer = Tokenizer(fetch(run.model, run.storage)[0], run.model.trust_remote_code)
-    encoder = make_encoder(run, tokenizer, found[0])
+    encoder = make_encoder(run, tokenizer, train[0])
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"format {encoder.name}, {encoder.chat.name}; learnt text stands between ⟦ and ⟧", markup=False)
-    for line in (*show_rows(encoder, found, rows), *show_losses(encoder, found)):
+    for line in show(encoder, train, held_out, rows):
         console.print(line)
 
 

@@ -10,8 +10,7 @@ from job import adapter
 from job.chat import chat_format, encode, prompt_ids, stop_ids
 from job.config import RunConfig, changes
 from job.config.learning import Generation, Quantization
-from job.data import Encoder, Row, make_encoder, read_rows
-from job.data.load import split_rows
+from job.data import Encoder, Row, make_encoder, read_split
 from job.errors import InputError
 from job.formats import Segment
 from job.hardware import this_hardware
@@ -57,8 +56,9 @@ class Responder:
         plan = make_plan(config, World(), hardware, architecture.model_type)
         self.device = hardware.device
         self.tokenizer = Tokenizer(files, config.model.trust_remote_code)
-        first = read_rows(config.data.train, config.storage)[0]
-        self.encoder: Encoder = make_encoder(config, self.tokenizer, first)
+        train, held_out = read_split(config)
+        self.rows: Sequence[Row] = held_out or train
+        self.encoder: Encoder = make_encoder(config, self.tokenizer, train[0])
         base = build(architecture, config, plan.precision, plan.compute_dtype)
         checkpoint = fetch_weights(config.model, checkpoint)
         wanted = shares(base, read_headers(checkpoint), config.model.name)
@@ -77,12 +77,8 @@ class Responder:
 
     def held_out(self) -> list[Row]:
         """Rows to ask about: evenly spaced held-out ones, or training rows when none are held out."""
-        config = self.config
-        rows: Sequence[Row] = read_rows(config.evaluation.file or config.data.train, config.storage)
-        if config.evaluation.file is None and config.evaluation.share:
-            rows = split_rows(rows, config.evaluation.share, config.train.seed)[1]
-        count = min(config.generation.rows, len(rows))
-        return [rows[place * len(rows) // count] for place in range(count)]
+        count = min(self.config.generation.rows, len(self.rows))
+        return [self.rows[place * len(self.rows) // count] for place in range(count)]
 
     def compare_row(self, row: Row) -> Answers:
         """The answers to a row's last learnt turn."""

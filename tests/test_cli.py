@@ -83,10 +83,49 @@ def test_data_marks_what_is_learnt_and_lists_dropped_and_cut_rows_with_reasons(
     assert len(shown) == 2 and all("⟦one" in line or "⟦ one" in line for line in shown)
     assert "<|im_start|>user\nCount to 1.\nin words<|im_end|>" in done.out, "the row as the model sees it"
     assert "mixed.jsonl line 1: " in done.out and " tokens, " in done.out
-    assert "5 rows: 3 kept" in done.out and "longest 128" in done.out
+    assert "\ntrain: 5 rows (3 kept, 1 " in done.out and "longest 128" in done.out and "held out" not in done.out
     assert "mixed.jsonl line 4: dropped: nothing to learn" in done.out
     assert "mixed.jsonl line 5: truncated: over max_length" in done.out
     assert not (tmp_path / "out").exists()
+
+
+def test_data_shows_held_out_rows_and_what_was_lost_among_them(run_file: RunFile, tmp_path: Path) -> None:
+    held = [*alpaca_rows(2), {"instruction": "Empty.", "output": " "}, {"instruction": "w " * 200, "output": "An end."}]
+    file = write_rows(tmp_path / "held.jsonl", held)
+    done = run("data", run_file(), f"evaluation.file={file}", "--rows", "1")
+    assert (done.code, done.err) == (0, "")
+    assert f"\n{tmp_path}/rows.jsonl line 1: " in done.out and f"\nheld out, {file} line 1: " in done.out
+    assert f"{file} line 2: " not in done.out
+    assert "\ntrain: 24 rows (24 kept)\n" in done.out
+    assert "\nheld out: 4 rows (2 kept, 1 " in done.out
+    assert f"\n  {file} line 3: dropped: nothing to learn\n" in done.out
+    assert f"\n  {file} line 4: truncated: over max_length\n" in done.out
+
+
+def test_data_says_which_rows_a_share_holds_out(run_file: RunFile) -> None:
+    done = run("data", run_file(), "evaluation.share=0.25", "--rows", "2")
+    assert "\ntrain: 18 rows (18 kept)\n" in done.out and "\nheld out: 6 rows (6 kept)\n" in done.out
+    heads = [line for line in done.out.splitlines() if " learnt, kept" in line]
+    assert [line.startswith("held out, ") for line in heads] == [False, False, True, True]
+    assert len({line.removeprefix("held out, ") for line in heads}) == 4
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"instruction": "a", "output": "b"}\n{"text": "a"}\n', "evaluation: {tmp}/held.jsonl line 2: has text; the "),
+        ('{"instruction": "a", "output": ""}\n', "evaluation: none of the 1 rows has anything to learn: 1 dropped: "),
+        ("", "{tmp}/held.jsonl: no rows. Expected at least one"),
+    ],
+)
+def test_data_refuses_held_out_rows_as_train_does(
+    run_file: RunFile, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "held.jsonl").write_text(content)
+    words = (run_file(), f"evaluation.file={tmp_path}/held.jsonl")
+    shown, trained = run("data", *words), run("train", *words)
+    assert (shown.code, trained.code) == (2, 2) and shown.err == trained.err
+    assert shown.err.startswith(f"DataError: {message.format(tmp=tmp_path)}")
 
 
 def test_the_deepspeed_launchers_option_is_accepted_and_a_finished_run_says_so(run_file: RunFile) -> None:

@@ -2,7 +2,7 @@
 
 from job.data.batches import IGNORED, Batches, GlobalBatch, MicroBatch
 from job.data.encode import Encoder, Tokens
-from job.data.load import Dataset, load_dataset, make_encoder
+from job.data.load import Dataset, load_dataset, make_encoder, read_split
 from job.data.rows import Row, read_rows
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "load_dataset",
     "make_encoder",
     "read_rows",
+    "read_split",
 ]

@@ -137,7 +137,7 @@ class Encoder:
             os.environ = environment  # noqa: B003
         kept = [place for place, ids in enumerate(done["ids"]) if ids]
         if not kept:
-            raise DataError(f"none of the {len(rows)} rows has anything to learn: {_listed(Counter(done['fate']))}")
+            raise nothing_to_learn(Counter(done["fate"]))
         columns = done.select(kept)
         fate = Counter(fate for fate in done["fate"] if fate)
         return _tokens(columns["ids"], columns["learn"], np.array(columns["row"]), fate)
@@ -179,5 +179,11 @@ def _tokens(ids: Sequence[list[int]], learn: Sequence[list[bool]], rows: np.ndar
     )
 
 
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in counts.most_common())
+def nothing_to_learn(fates: Counter[str]) -> DataError:
+    """The refusal of rows that were all dropped, with the reasons."""
+    return DataError(f"none of the {fates.total()} rows has anything to learn: {listed(fates)}")
+
+
+def listed(fates: Counter[str]) -> str:
+    """What happened to how many rows, the most frequent first."""
+    return ", ".join(f"{number} {fate}" for fate, number in fates.most_common())

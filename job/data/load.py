@@ -1,6 +1,7 @@
 """From settings to the training and held-out data of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,12 +49,7 @@ def load_dataset(config: RunConfig, tokenizer: Tokenizer) -> Dataset:
     Raises:
         DataError: a source is missing, broken or empty, or a row lacks fields; names file, row and fields.
     """
-    rows = read_rows(config.data.train, config.storage)
-    held_out: Sequence[Row] = []
-    if config.evaluation.file is not None:
-        held_out = read_rows(config.evaluation.file, config.storage)
-    elif config.evaluation.share:
-        rows, held_out = split_rows(rows, config.evaluation.share, config.train.seed)
+    rows, held_out = read_split(config)
     encoder = make_encoder(config, tokenizer, rows[0])
     return Dataset(
         encoder,
@@ -62,6 +58,20 @@ def load_dataset(config: RunConfig, tokenizer: Tokenizer) -> Dataset:
         _batches(config, encoder, rows, "data.train"),
         _batches(config, encoder, held_out, "evaluation") if held_out else None,
     )
+
+
+def read_split(config: RunConfig) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows); the latter are empty without evaluation.
+
+    Raises:
+        DataError: a source is missing, broken or empty, or the share holds out none or all.
+    """
+    rows = read_rows(config.data.train, config.storage)
+    if config.evaluation.file is not None:
+        return rows, read_rows(config.evaluation.file, config.storage)
+    if config.evaluation.share:
+        return split_rows(rows, config.evaluation.share, config.train.seed)
+    return rows, []
 
 
 def make_encoder(config: RunConfig, tokenizer: Tokenizer, first: Row) -> Encoder:
@@ -94,9 +104,16 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
 
 
 def _batches(config: RunConfig, encoder: Encoder, rows: Sequence[Row], name: str) -> Batches:
-    try:
+    with rows_of(name):
         tokens = encoder.encode_all(rows)
-    except DataError as fault:
-        raise DataError(f"{name}: {fault}") from fault
     data, train = config.data, config.train
     return Batches(tokens, data.max_length, data.packing, data.shuffle, train.seed, train.global_batch_size)
+
+
+@contextmanager
+def rows_of(setting: str) -> Iterator[None]:
+    """Puts the setting that named the rows in front of what is wrong with them."""
+    try:
+        yield
+    except DataError as fault:
+        raise DataError(f"{setting}: {fault}") from fault

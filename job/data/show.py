@@ -7,7 +7,8 @@ import numpy as np
 from rich.text import Text
 
 from job.chat import Encoded
-from job.data.encode import Encoder
+from job.data.encode import Encoder, listed, nothing_to_learn
+from job.data.load import rows_of
 from job.data.rows import Row
 from job.tokenizer import Tokenizer
 
@@ -15,20 +16,37 @@ OPEN, CLOSE = "⟦", "⟧"
 LISTED = 10
 
 
-def show_rows(encoder: Encoder, rows: Sequence[Row], count: int) -> Iterator[Text]:
-    """The first `count` rows, decoded from the very ids that are trained on; learnt text is green, between ⟦ and ⟧."""
-    for row in rows[:count]:
+def show(encoder: Encoder, train: Sequence[Row], held_out: Sequence[Row], count: int) -> Iterator[Text]:
+    """The first `count` training and held-out rows, then how many there are of both and what was lost.
+
+    Raises:
+        DataError: what training would refuse: a row lacks fields, or none has anything to learn.
+    """
+    parts = [("", "train", "data.train", train)]
+    if held_out:
+        parts.append(("held out, ", "held out", "evaluation", held_out))
+    for mark, _, setting, rows in parts:
+        with rows_of(setting):
+            yield from _rows(encoder, rows[:count], mark)
+    for _, name, setting, rows in parts:
+        with rows_of(setting):
+            yield from _losses(encoder, rows, name)
+
+
+def _rows(encoder: Encoder, rows: Sequence[Row], mark: str) -> Iterator[Text]:
+    """Rows decoded from the very ids that are trained on; learnt text is green, between ⟦ and ⟧."""
+    for row in rows:
         sequences, fate = encoder.encode(row)
         for parts in sequences:
             learnt = sum(len(part.ids) for part in parts if part.learn)
             tokens = sum(len(part.ids) for part in parts)
-            yield Text(f"{row.where}: {tokens} tokens, {learnt} learnt, {fate}", style="bold")
+            yield Text(f"{mark}{row.where}: {tokens} tokens, {learnt} learnt, {fate}", style="bold")
             yield _marked(parts, encoder.tokenizer)
         if not sequences:
-            yield Text(f"{row.where}: {fate}", style="bold red")
+            yield Text(f"{mark}{row.where}: {fate}", style="bold red")
 
 
-def show_losses(encoder: Encoder, rows: Sequence[Row]) -> Iterator[Text]:
+def _losses(encoder: Encoder, rows: Sequence[Row], name: str) -> Iterator[Text]:
     """Lengths of all rows, then the rows that were dropped or cut, and why."""
     lengths, fates, named = [], Counter[str](), []
     for row in rows:
@@ -37,11 +55,11 @@ def show_losses(encoder: Encoder, rows: Sequence[Row]) -> Iterator[Text]:
         fates[fate] += 1
         if fate != "kept":
             named.append(f"  {row.where}: {fate}")
-    counted = ", ".join(f"{number} {fate}" for fate, number in fates.most_common())
-    yield Text(f"{len(rows)} rows: {counted}", style="bold")
-    if lengths:
-        shares = np.percentile(lengths, [0, 50, 90, 99, 100]).astype(int)
-        yield Text("tokens a row: shortest {}, median {}, 90% {}, 99% {}, longest {}".format(*shares))
+    if not lengths:
+        raise nothing_to_learn(fates)
+    yield Text(f"{name}: {len(rows)} rows ({listed(fates)})", style="bold")
+    shares = np.percentile(lengths, [0, 50, 90, 99, 100]).astype(int)
+    yield Text("tokens a row: shortest {}, median {}, 90% {}, 99% {}, longest {}".format(*shares))
     for line in named[:LISTED]:
         yield Text(line)
     if len(named) > LISTED:
