@@ -16,18 +16,27 @@ from job.tokenizer import Tokenizer
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
-def write(model: Any, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, store: Store, trained: bool) -> None:
+def write(
+    model: Any,
+    tensors: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    store: Store,
+    trained: bool,
+    revision: str | None = None,
+) -> None:
     """Write adapter and tokenizer into `store`, its config last, and prove what lies there.
 
     Args:
         model: the peft model, for its configuration.
         tensors: the trained parameters by their names in the model.
         trained: at least one step was taken, so that an untouched B is a fault.
+        revision: the base's, `model.revision`, which plain peft asks the hub for; None is its default branch.
 
     Raises:
         AdapterError: what was read back is empty, not finite, or differs from what was trained.
     """
     expected = get_peft_model_state_dict(model, state_dict=tensors)
+    model.active_peft_config.revision = revision
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
         Path(folder, "README.md").unlink(missing_ok=True)  # peft's card with nothing filled in

@@ -79,8 +79,21 @@ def _from_hub(model: Model, files: tuple[str, ...]) -> str:
 
 
 def base_name(model: Model) -> str:
-    """What an adapter's config calls its base, so that it loads from anywhere: hub id, URL or absolute folder."""
+    """What an adapter's config calls its base, so that it loads from anywhere: hub id, URL or absolute folder.
+
+    Plain peft knows hub ids and folders only; `plain_peft_note` says so of a URL.
+    """
     return str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
+
+
+def plain_peft_note(model: Model) -> str | None:
+    """What a user of plain peft has to do first when the base is at a URL; None when peft finds it by itself."""
+    if not is_url(model.name):
+        return None
+    return (
+        f"plain peft cannot load the base from {model.name}: copy it into a folder and write that folder "
+        "as base_model_name_or_path into adapter_config.json"
+    )
 
 
 def read_config(folder: str, model: Model) -> Any:
