@@ -1,12 +1,16 @@
 """A model's tokenizer with two ways of encoding: content is always text, markup may hold special tokens."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from job.errors import ModelError
 
+TODAY = datetime(2024, 7, 26)
+"""The day that chat templates are told it is. Some write today's date into the prompt, and a run repeated tomorrow
+would learn other prompts. Llama 3's templates name this one where they are given no clock."""
 _ANCHOR = "\n"
 
 
@@ -66,8 +70,11 @@ class Tokenizer:
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The messages through the model's chat template."""
-        return str(self.inner.apply_chat_template(messages, tokenize=False))
+        """The messages through the model's chat template, on the day TODAY."""
+        template = self.chat_template or ""
+        if "strftime_now" in template:
+            template = _CALENDAR + template
+        return str(self.inner.apply_chat_template(messages, chat_template=template, tokenize=False))
 
     def save(self, folder: str) -> None:
         """Write the tokenizer's files into a local folder."""
@@ -95,6 +102,17 @@ class Tokenizer:
         not get one. Encoding it behind a newline, whose ids are then cut off, avoids that."""
         tokens = self.inner.convert_ids_to_tokens(self._raw("a", False))
         return self._raw(_ANCHOR, False) if tokens and tokens[0].startswith("▁") else []
+
+
+def _calendar() -> str:
+    """A Jinja macro in place of transformers' strftime_now, which asks the clock; a function cannot be handed over."""
+    codes = [f"%{flag}{code}" for code in "aAbBcdHIjmMpSUwWxXyY" for flag in ("", "-")]
+    filled = "".join(f".replace({code!r}, {TODAY.strftime(code)!r})" for code in codes)
+    # behind the last tag one newline is dropped, so that the template itself begins at the start of a line
+    return "{% macro strftime_now(format) %}{{ format" + filled + " }}{% endmacro %}\n"
+
+
+_CALENDAR = _calendar()
 
 
 def _short(fault: BaseException) -> str:

@@ -103,6 +103,83 @@ def test_a_template_that_drops_an_answer_is_refused(load: Load) -> None:
         tokenizer.inner.chat_template = CHATML
 
 
+WITH_THOUGHTS = (
+    "{% for message in messages %}{% set content = message['content'] %}{% set thought = '' %}"
+    "{% if message['role'] == 'assistant' and '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ content.strip('\n') + '<|im_end|>\n' }}{% endfor %}"
+)
+"""In the style of Qwen 3: thoughts are moved, or left out of all but the last answer."""
+
+
+@pytest.fixture
+def templated(tmp_path: Path) -> Load:
+    """A tokenizer with the chat template."""
+
+    def tokenizer(template: str) -> Tokenizer:
+        make_tokenizer(tmp_path, template)
+        return Tokenizer(str(tmp_path))
+
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("tojson", 'user turn says (\'\\\\n?""Three.""你好 & mo\' for \'\\n?""Three.""你好 & mor\')'),
+        ("upper", "user turn says ('OW MANY\\n?THREE.你好 & ' for 'ow many\\n?Three.你好 & ')"),
+        ("replace('four', '4')", "assistant turn says ('4.' for 'four.')"),
+        ("escape", "user turn says ('amp; more?Yes, four.' for ' more?Yes, four.')"),
+        ("replace('four.', '')", "assistant turn says ('' for 'four.')"),
+    ],
+)
+def test_a_template_that_changes_contents_is_refused(templated: Load, change: str, message: str) -> None:
+    tokenizer = templated("{% for message in messages %}{{ message['content'] | " + change + " }}{% endfor %}")
+    with pytest.raises(ValueError) as refused:
+        encoded(tokenizer, [Segment("user", "How many\n?"), *TALK[1:]])
+    assert str(refused.value) == f"the model's chat template changes what the {message}. Set data.template"
+
+
+def test_thoughts_that_a_template_would_move_are_refused(templated: Load) -> None:
+    tokenizer = templated(WITH_THOUGHTS)
+    thinking = TALK[3]._replace(content="<think>\nHm.\n</think>\n\nFour.")
+    with pytest.raises(ValueError, match=r"changes what the assistant turn says \('Hm\.\\n</think>"):
+        encoded(tokenizer, [*TALK[:3], thinking])
+    with pytest.raises(ValueError, match="changes what the assistant turn says"):
+        encoded(tokenizer, [TALK[0], thinking, *TALK[2:]])
+
+
+def test_a_template_that_strips_some_characters_only_strips_them_from_the_contents(templated: Load) -> None:
+    tokenizer = templated(WITH_THOUGHTS)
+    turns = [turn._replace(content=f"\n\n {turn.content} \n") for turn in TALK]
+    parts = encoded(tokenizer, turns)
+    assert tokenizer.decode(ids_of(parts)) == tokenizer.render(messages(turns))
+    assert learnt(tokenizer, parts) == [" Three. <|im_end|>", " Yes, four. <|im_end|>"]
+    prompt = prompt_ids(encoded(tokenizer, [*turns[:3], turns[3]._replace(content="")]))
+    assert prompt == ids_of(parts)[: len(prompt)]
+
+
+def test_a_template_is_told_the_same_day_on_every_day(templated: Load) -> None:
+    tokenizer = templated(
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
+        "{% for message in messages %}{{ day + strftime_now(' (%A %-d %B %y, %Y-%m-%d %H:%M): ') }}"
+        "{{ message['content'] }}{% endfor %}"
+    )
+    day = "26 Jul 2024 (Friday 26 July 24, 2024-07-26 00:00): "
+    assert tokenizer.render(messages(TALK[:2])) == f"{day}How many?{day}Three."
+    assert tokenizer.decode(ids_of(encoded(tokenizer, TALK[:1]))) == f"{day}How many?"
+
+
+def test_a_template_that_asks_for_the_day_keeps_its_own_space(templated: Load) -> None:
+    body = "\n  {% if true %}\n a{% endif %}\n\n{{ messages[0]['content'] }} {# strftime_now #}"
+    tokenizer = templated(body)
+    plain = tokenizer.inner.apply_chat_template(messages(TALK[:1]), tokenize=False)
+    assert tokenizer.render(messages(TALK[:1])) == plain == "\n a\nHow many? "
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_answer_and_its_end_are_learnt_and_nothing_else(load: Load, name: str) -> None:
     tokenizer, end = load(name), MODELS[name][2]
