@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 import jinja2
 
-from job.formats import Segment
+from job.config.learning import PLACE
+from job.formats import Segment, single_braces
 from job.tokenizer import Tokenizer
 
 TURNS = ("system", "user", "assistant", "tool")
@@ -145,7 +146,9 @@ class RoleTemplates:
     def pieces(self, turns: Sequence[Segment]) -> list[Piece]:
         pieces = []
         for turn in turns:
-            before, _, after = self.templates.get(turn.role, PLAIN_TEMPLATE[turn.role]).partition("{content}")
+            template = self.templates.get(turn.role, PLAIN_TEMPLATE[turn.role])
+            place = next(place for place in PLACE.finditer(template) if place[1])
+            before, after = single_braces(template[: place.start()]), single_braces(template[place.end() :])
             pieces += [Piece(before, True, False), Piece(turn.content, False, turn.learn)]
             if turn.role == "assistant":
                 ending, found, after = after.partition(self.eos)

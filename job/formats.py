@@ -6,11 +6,13 @@ To add a format: one function from a row to segments, one line in FORMATS, one c
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from job.config.learning import PLACE
 from job.errors import InputError
 
 Row = Mapping[str, Any]
@@ -141,9 +143,10 @@ FORMATS = {
 
 
 def template_format(template: Mapping[str, str]) -> Format:
-    """The user's own prompt: {field} is filled in, [[...]] is left out when a field in it is empty or missing."""
+    """The user's own prompt: {field} is filled in, [[...]] is left out when a field in it is empty or missing, and
+    {{ and }} are braces."""
     always = re.sub(r"\[\[.*?\]\]", "", template["prompt"] + template["completion"], flags=re.S)
-    needs = tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", always)))
+    needs = tuple(dict.fromkeys(_names(always)))
 
     def segments(row: Row) -> list[Segment]:
         return _fill(template["prompt"], row) + [
@@ -151,7 +154,7 @@ def template_format(template: Mapping[str, str]) -> Format:
         ]
 
     def ask(question: str) -> list[Segment]:
-        asked = next(iter(re.findall(r"\{(\w+)\}", template["prompt"])), "")
+        asked = next(iter(_names(template["prompt"])), "")
         return [*_fill(template["prompt"], {asked: question}), Segment("text", "", True)]
 
     return Format(needs, segments, ask)
@@ -159,17 +162,28 @@ def template_format(template: Mapping[str, str]) -> Format:
 
 def _fill(pattern: str, row: Row) -> list[Segment]:
     def keep(part: re.Match[str]) -> str:
-        full = all(_text(row, name, optional=True) for name in re.findall(r"\{(\w+)\}", part[1]))
+        full = all(_text(row, name, optional=True) for name in _names(part[1]))
         return part[1] if full else ""
 
     pattern = re.sub(r"\[\[(.*?)\]\]", keep, pattern, flags=re.S)
-    pieces = re.split(r"\{(\w+)\}", pattern)
-    markup = [Segment("markup", piece) for piece in pieces[::2]]
-    fields = [Segment("text", _text(row, name, optional=True)) for name in pieces[1::2]]
-    woven = [markup[0]]
-    for field, piece in zip(fields, markup[1:], strict=True):
-        woven += [field, piece]
+    woven, end = [], 0
+    for place in PLACE.finditer(pattern):
+        if place[1]:
+            woven += [Segment("markup", single_braces(pattern[end : place.start()]))]
+            woven += [Segment("text", _text(row, place[1], optional=True))]
+            end = place.end()
+    woven.append(Segment("markup", single_braces(pattern[end:])))
     return [segment for segment in woven if segment.content]
+
+
+def _names(pattern: str) -> list[str]:
+    """The fields that a template's text names."""
+    return [place[1] for place in PLACE.finditer(pattern) if place[1]]
+
+
+def single_braces(text: str) -> str:
+    """A template's text between its fields, in which braces that stand for themselves are doubled."""
+    return text.replace("{{", "{").replace("}}", "}")
 
 
 def own_format(name: str) -> Format:
@@ -178,7 +192,7 @@ def own_format(name: str) -> Format:
     The module may lie in the current folder, which an installed command does not search by itself.
 
     Raises:
-        InputError: there is no such module or function.
+        InputError: there is no such module or function, or the module fails; says where.
     """
     module, _, function = name.partition(":")
     here = str(Path.cwd())
@@ -186,8 +200,10 @@ def own_format(name: str) -> Format:
         sys.path.append(here)
     try:
         made = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as fault:
-        raise InputError(f"data.format: {name} cannot be imported ({fault}). Expected module:function") from fault
+    except (Exception, SystemExit) as fault:  # the user's own module may raise anything
+        raise InputError(
+            f"data.format: {name} cannot be imported ({_fault_and_place(fault)}). Expected module:function"
+        ) from fault
 
     def segments(row: Row) -> list[Segment]:
         try:
@@ -197,6 +213,16 @@ def own_format(name: str) -> Format:
         return turns_of(turns)
 
     return Format((), segments, _ask_chat)
+
+
+def _fault_and_place(fault: BaseException) -> str:
+    """What went wrong in an import, and the file and line of the user's module where it did."""
+    if isinstance(fault, SyntaxError):
+        return f"SyntaxError: {fault.msg}, {fault.filename} line {fault.lineno}"
+    frames = traceback.extract_tb(fault.__traceback__)
+    ours = (__file__, importlib.__file__)
+    users = [frame for frame in frames if frame.filename not in ours and not frame.filename.startswith("<frozen")]
+    return f"{type(fault).__name__}: {fault}, {users[0].filename} line {users[0].lineno}" if users else str(fault)
 
 
 def format_of(name: str, template: Mapping[str, str] | None, first: Row) -> tuple[str, Format]:

@@ -274,6 +274,14 @@ def test_markup_of_a_user_s_template_may_hold_special_tokens(load: Load) -> None
     assert learnt(tokenizer, parts) == ["Three.<|im_end|>", "Yes, four.<|im_end|>"]
 
 
+def test_doubled_braces_of_a_role_template_are_braces(load: Load) -> None:
+    tokenizer = load("none")
+    template = {"user": "{{{content}}}{{content}}\n", "assistant": "{{content}} {content}}}"}
+    parts = encode(TALK[:2], tokenizer, chat_format(tokenizer, template))
+    assert tokenizer.decode(ids_of(parts)) == "{How many?}{content}\n{content} Three.<|im_end|>}"
+    assert [tokenizer.decode(part.ids) for part in parts if not part.markup] == ["How many?", "Three."]
+
+
 def test_a_model_without_a_template_gets_plain_roles(load: Load) -> None:
     tokenizer = load("none")
     chat = chat_format(tokenizer, None)

@@ -71,6 +71,10 @@ def test_all_faults_come_in_one_message() -> None:
             "evaluation: keep_best and patience need held-out rows. Set evaluation.file or evaluation.share",
         ),
         (
+            LEAST + "evaluation: {share: 0.1, keep_best: true}\n",
+            "evaluation: keep_best chooses among evaluations on the way. Set evaluation.every_steps",
+        ),
+        (
             "model: {name: x}\noutput: {url: y}\ndata: {train: x, format: template, template: {user: '{content}', "
             "assistant: '{content}'}}",
             "data.format: template needs data.template with prompt and completion",
@@ -82,6 +86,38 @@ def test_all_faults_come_in_one_message() -> None:
 def test_a_broken_run_file_gets_one_clear_fault(text: str, message: str) -> None:
     (fault,) = faults(text=text)
     assert fault == message or (message.startswith("is no valid YAML") and fault.startswith(message))
+
+
+ROLES = (
+    "has assistant, user. Give prompt and completion, or user and assistant (and system), each with {content} in it "
+    "once and no other field"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"prompt": "{q} {my-q}", "completion": "{a}"}, "prompt has {my-q}, {NO}Write {{my-q}} for {THEMSELVES}"),
+        ({"prompt": "{q}", "completion": '{"a": "{a}"}'}, "completion has {, {NO}Write {{ for {THEMSELVES}"),
+        ({"prompt": "{q}", "completion": "{a}}"}, "completion has }, {NO}Write }} for {THEMSELVES}"),
+        ({"prompt": "{q}{}", "completion": "{a}"}, "prompt has {}, {NO}Write {{}} for {THEMSELVES}"),
+        ({"user": "{content}", "assistant": "{ content }"}, "assistant has { content }, {NO}Write {{ content }} for "),
+        ({"user": "{content} {content}", "assistant": "{content}"}, ROLES),
+        ({"user": "{content} {name}", "assistant": "{content}"}, ROLES),
+        ({"user": "{{content}}", "assistant": "{content}"}, ROLES),
+    ],
+)
+def test_braces_in_a_template_that_mean_nothing_are_refused(template: dict[str, str], message: str) -> None:
+    message = message.replace("{NO}", "which is no {field} (letters, digits and _). ")
+    message = message.replace("{THEMSELVES}", "braces that stand for themselves")
+    (fault,) = faults("data.template=" + json.dumps(template))
+    assert fault.startswith(f"data.template: {message}")
+
+
+def test_doubled_braces_of_a_template_pass_through_yaml() -> None:
+    text = "model: {name: x}\noutput: {url: y}\ndata:\n  train: x\n  template:\n    prompt: '[[{{{c}}} ]]{q}'\n"
+    text += '    completion: |\n      {{"a": "{a}"}}\n'
+    assert parse_config(text).data.template == {"prompt": "[[{{{c}}} ]]{q}", "completion": '{{"a": "{a}"}}\n'}
 
 
 def test_a_missing_run_file_says_so(tmp_path: Path) -> None:

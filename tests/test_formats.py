@@ -122,6 +122,14 @@ def test_template_places_outside_the_brackets_are_needed_wherever_the_brackets_a
     assert "".join(part.content for part in segments("template", {"c": "c", "q": "q", "a": "a"}, template)) == "ccqa"
 
 
+def test_doubled_braces_of_a_template_are_braces() -> None:
+    template = {"prompt": "[[{{{c}}} ]]{q} {{q}}", "completion": '{{"a": "{a}"}}'}
+    made = segments("template", {"c": "{{c}}", "q": "why", "a": "}}"}, template)
+    assert "".join(part.content for part in made) == '{{{c}}} why {q}{"a": "}}"}'
+    assert format_of("template", template, {})[1].needs == ("q", "a")
+    assert "".join(part.content for part in segments("template", {"q": "", "a": ""}, template)) == ' {q}{"a": ""}'
+
+
 def test_the_user_s_own_function_makes_turns() -> None:
     made = segments("tests.my_rows:ask", {"q": "Why?", "a": "So."})
     assert [(part.content, part.learn) for part in made if part.role == "assistant"] == [
@@ -212,6 +220,36 @@ def test_a_format_that_cannot_be_had_is_refused(name: str, message: str) -> None
     with pytest.raises(InputError) as refused:
         format_of(name, None, {"q": "a", "a": "b"})
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "message"),
+    [
+        ("syntax", "\n\ndef f(row:\n", "SyntaxError: '(' was never closed, {file} line 3"),
+        ("division", "a = 1\nb = a / 0\n", "ZeroDivisionError: division by zero, {file} line 2"),
+        (
+            "missing",
+            "import no_such_library\n",
+            "ModuleNotFoundError: No module named 'no_such_library', {file} line 1",
+        ),
+        (
+            "deep",
+            "import json\njson.loads('')\n",
+            "JSONDecodeError: Expecting value: line 1 column 1 (char 0), {file} line 2",
+        ),
+        ("leaving", "raise SystemExit(3)\n", "SystemExit: 3, {file} line 1"),
+    ],
+)
+def test_an_own_module_that_fails_names_its_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, code: str, message: str
+) -> None:
+    file = tmp_path / f"rows_with_{module}.py"
+    file.write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError) as refused:
+        format_of(f"{file.stem}:f", None, {})
+    fault = message.format(file=file)
+    assert str(refused.value) == f"data.format: {file.stem}:f cannot be imported ({fault}). Expected module:function"
 
 
 def test_only_the_last_answer_is_learnt_when_asked() -> None:

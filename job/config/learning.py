@@ -3,6 +3,7 @@
 The sentence beneath a field is its documentation: what it is, its unit, what "off" means, and its rule (see `rules`).
 """
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -10,12 +11,28 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from job.config.rules import Extendable, Fixed, Free
 from job.config.section import Section, works_only
 
+PLACE = re.compile(r"\{\{|\}\}|\{(\w+)\}|\{[^{}]*\}|[{}]")
+"""Braces in a template: doubled ones stand for themselves, {word} is a field (group 1), all others are a fault."""
+
 
 def _named(sources: str | list[str]) -> str | list[str]:
     """The sources as they are, when each has a name: an empty one would be the current folder."""
     if not sources or not all(source.strip() for source in sources):
         raise ValueError("names nothing. Give a file, glob, folder, URL or hub id, or a list of them")
     return sources
+
+
+def _places(part: str, text: str) -> list[str]:
+    """The fields that a part of a template names, when all its braces mean something."""
+    found = list(PLACE.finditer(text))
+    for place in found:
+        if not place[1] and place[0] not in ("{{", "}}"):
+            doubled = place[0].replace("{", "{{").replace("}", "}}")
+            raise ValueError(
+                f"{part} has {place[0]}, which is no {{field}} (letters, digits and _). "
+                f"Write {doubled} for braces that stand for themselves"
+            )
+    return [place[1] for place in found if place[1]]
 
 
 class Model(Section):
@@ -82,7 +99,8 @@ class Data(Section):
     module:function; auto recognises it from the fields and says so. Fixed."""
     template: Fixed[dict[str, str] | None] = None
     """Your own prompt: {prompt, completion} with {field} places, or {system, user, assistant} with {content};
-    [[...]] is left out when a field in it is empty. Off (null) is the model's chat format. Fixed."""
+    [[...]] is left out when a field in it is empty, {{ and }} are braces. Off (null) is the model's chat format.
+    Fixed."""
     learn: Fixed[Literal["all", "last"]] = "all"
     """Which assistant turns of a conversation are learnt: all, or only the last. Fixed."""
     max_length: Fixed[PositiveInt] = 2048
@@ -111,14 +129,17 @@ class Data(Section):
     @field_validator("template")
     @classmethod
     def _known_template_parts(cls, template: dict[str, str] | None) -> dict[str, str] | None:
-        rows, turns = {"prompt", "completion"}, {"system", "user", "assistant"}
-        if template is None or set(template) == rows:
+        if template is None:
             return template
-        if {"user", "assistant"} <= set(template) <= turns and all("{content}" in text for text in template.values()):
+        places = {part: _places(part, text) for part, text in template.items()}
+        if set(template) == {"prompt", "completion"}:
+            return template
+        known = {"user", "assistant"} <= set(template) <= {"system", "user", "assistant"}
+        if known and all(names == ["content"] for names in places.values()):
             return template
         raise ValueError(
             f"has {', '.join(sorted(template)) or 'no parts'}. Give prompt and completion, "
-            "or user and assistant (and system), each with {content} in it"
+            "or user and assistant (and system), each with {content} in it once and no other field"
         )
 
 
@@ -149,6 +170,8 @@ class Evaluation(Section):
             raise ValueError("evaluation.file and evaluation.share are both set. Keep one of them")
         if (self.keep_best or self.patience) and self.file is None and not self.share:
             raise ValueError("keep_best and patience need held-out rows. Set evaluation.file or evaluation.share")
+        if self.keep_best and not self.every_steps:
+            raise ValueError("keep_best chooses among evaluations on the way. Set evaluation.every_steps")
         if self.patience and not self.every_steps:
             raise ValueError("patience counts evaluations on the way. Set evaluation.every_steps")
         return self
