@@ -187,14 +187,38 @@ def encode(segments: Sequence[Segment], tokenizer: Tokenizer, chat: ChatFormat) 
         pieces = chat.pieces(segments)
         own_bos = isinstance(chat, ModelChat)
     else:
-        pieces = [Piece(part.content, part.role == "markup", part.learn) for part in segments]
-        pieces.append(Piece(str(tokenizer.inner.eos_token), True, segments[-1].learn))
+        pieces = _ended([Piece(part.content, part.role == "markup", part.learn) for part in segments], tokenizer)
         own_bos = False
     encoded = [] if own_bos or not tokenizer.prefix else [Encoded(tokenizer.prefix, True, False)]
     for place, piece in enumerate(pieces):
         turn_into_ids = tokenizer.markup if piece.markup else tokenizer.text
         encoded.append(Encoded(turn_into_ids(piece.text, first=place == 0), piece.markup, piece.learn))
     return encoded
+
+
+def _ended(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
+    """The pieces with one eos at their end, which may be the one that the user's template writes."""
+    eos, last = str(tokenizer.inner.eos_token), pieces[-1]
+    if last.markup and last.text.rstrip().endswith(eos):
+        return [*pieces[:-1], last._replace(text=last.text.rstrip())]
+    return [*pieces, Piece(eos, True, last.learn)]
+
+
+def without_eos(segments: list[Segment], eos: str) -> list[Segment]:
+    """The row without the eos that is written as text at the end of its completion.
+
+    Files made for other trainers bring it. As content it would be learnt letter by letter, in front of the eos that
+    every row ends with. Turns are left as they are: what ends them is the chat format's.
+    """
+    place = len(segments) - 1
+    while place > 0 and segments[place].role == "markup" and segments[place].content.strip() in ("", eos):
+        place -= 1  # the template writes an eos too
+    if place < 0 or segments[place].role != "text" or not segments[place].learn:
+        return segments
+    text = segments[place].content.rstrip()
+    if not text.endswith(eos):
+        return segments
+    return [*segments[:place], segments[place]._replace(content=text.removesuffix(eos)), *segments[place + 1 :]]
 
 
 def prompt_ids(encoded: Sequence[Encoded]) -> list[int]:
@@ -206,5 +230,7 @@ def prompt_ids(encoded: Sequence[Encoded]) -> list[int]:
 
 def stop_ids(encoded: Sequence[Encoded], eos: int) -> list[int]:
     """Tokens that end an answer: eos, and what training showed as the end of a turn."""
-    ends = {part.ids[-1] for part in encoded if part.learn and part.markup and part.ids}
+    behind = [*(part.learn for part in encoded[1:]), False]  # markup before or within what is learnt ends nothing
+    pairs = zip(encoded, behind, strict=True)
+    ends = {part.ids[-1] for part, goes_on in pairs if part.learn and part.markup and part.ids and not goes_on}
     return sorted(ends | {eos})

@@ -301,6 +301,24 @@ def test_plain_text_is_joined_as_it_stands_and_ends_with_eos(load: Load, name: s
     assert learnt(tokenizer, parts) == [tokenizer.decode([*tokenizer.text(" more?"), tokenizer.eos])]
 
 
+def test_an_eos_that_the_user_s_template_writes_is_the_only_one(load: Load) -> None:
+    tokenizer = load("chatml")
+    for completion in ("{a}<|im_end|>", "{a}!<|im_end|>\n"):
+        name, kind = format_of("template", {"prompt": "Q: {q}\n", "completion": completion}, {})
+        segments = segments_of(kind, name, {"q": "Why?", "a": "So."})
+        parts = encode(segments, tokenizer, chat_format(tokenizer, None))
+        assert ids_of(parts).count(tokenizer.eos) == 1
+        assert tokenizer.decode(ids_of(parts)) == "Q: Why?\n" + completion.replace("{a}", "So.").rstrip()
+        assert parts[-1].learn
+
+
+def test_markup_of_a_template_around_the_answer_does_not_stop_it(load: Load) -> None:
+    tokenizer = load("chatml")
+    name, kind = format_of("template", {"prompt": "Q: {q}\n", "completion": "A: {a}!"}, {})
+    parts = encode(segments_of(kind, name, {"q": "Why?", "a": "So."}), tokenizer, chat_format(tokenizer, None))
+    assert stop_ids(parts, tokenizer.eos) == [tokenizer.eos]
+
+
 def test_a_bos_that_the_tokenizer_adds_comes_once(tmp_path: Path) -> None:
     from tokenizers import processors
 

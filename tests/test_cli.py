@@ -102,6 +102,14 @@ def test_data_shows_held_out_rows_and_what_was_lost_among_them(run_file: RunFile
     assert f"\n  {file} line 4: truncated: over max_length\n" in done.out
 
 
+def test_data_counts_completions_whose_written_eos_was_taken_off(run_file: RunFile, tmp_path: Path) -> None:
+    rows = [{"prompt": "Say it. ", "completion": f"It{end}"} for end in ("<|im_end|>", "<|im_end|>", "")]
+    done = run("data", run_file(data={"train": str(write_rows(tmp_path / "ended.jsonl", rows))}))
+    assert done.out.count("Say it. ⟦It<|im_end|>⟧\n") == 3, done
+    assert "\ntrain: 3 rows (2 kept without the eos text at the end, 1 kept)\n" in done.out
+    assert "ended.jsonl line 1: kept" not in done.out
+
+
 def test_data_says_which_rows_a_share_holds_out(run_file: RunFile) -> None:
     done = run("data", run_file(), "evaluation.share=0.25", "--rows", "2")
     assert "\ntrain: 18 rows (18 kept)\n" in done.out and "\nheld out: 6 rows (6 kept)\n" in done.out

@@ -164,12 +164,56 @@ def test_whatever_the_lengths_a_cut_row_fits_and_keeps_prompt_and_answer(encoder
         ({"messages": [{"role": "user", "content": "a"}]}, {}, "dropped: nothing to learn"),
         ({"q": "a", "a": ""}, {"template": {"prompt": "{q}", "completion": "A: {a}"}}, "dropped: nothing to learn"),
         (row(9, 9), {"max_length": 4}, "dropped: the chat format alone fills max_length"),
+        (
+            {"messages": [*turns(9, 9)["messages"], {"role": "user", "content": words(0, 90)}]},
+            {"max_length": 64},
+            "dropped: over max_length, and only its oldest turns are learnt",
+        ),
+        ({"prompt": "a", "completion": "<|im_end|>"}, {}, "dropped: nothing to learn"),
     ],
 )
 def test_a_row_that_teaches_nothing_is_dropped_and_says_why(
     encoder: Make, fields: dict[str, Any], data: dict[str, Any], fate: str
 ) -> None:
     assert encoder(fields, **data).encode(Row("here", fields)) == ([], fate)
+
+
+BARE = "kept without the eos text at the end"
+EOS_ROWS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    ({"prompt": "a ", "completion": "b<|im_end|>"}, {}, "a b", BARE),
+    ({"prompt": "a ", "completion": "b <|im_end|>\n"}, {}, "a b ", BARE),
+    ({"text": "a b<|im_end|>"}, {}, "a b", BARE),
+    ({"q": "a", "a": "b<|im_end|>"}, {"template": {"prompt": "{q} ", "completion": "{a}"}}, "a b", BARE),
+    ({"q": "a", "a": "b<|im_end|>"}, {"template": {"prompt": "{q} ", "completion": "{a}<|im_end|>"}}, "a b", BARE),
+    ({"prompt": "a<|im_end|>", "completion": "b<|im_end|>c"}, {}, "a<|im_end|>b<|im_end|>c", "kept"),
+    ({"prompt": "a ", "completion": "b<|im_end|><|im_end|>"}, {}, "a b<|im_end|>", BARE),
+]
+
+
+@pytest.mark.parametrize(("fields", "data", "text", "fate"), EOS_ROWS)
+def test_an_eos_written_at_the_end_of_a_completion_is_taken_off_once(
+    encoder: Make, fields: dict[str, Any], data: dict[str, Any], text: str, fate: str
+) -> None:
+    made = encoder(fields, **data)
+    parts, said = one(made, fields)
+    ids = [token for part in parts for token in part.ids]
+    assert said == fate
+    assert ids[-1] == made.tokenizer.eos
+    assert ids.count(made.tokenizer.eos) == 1
+    assert made.tokenizer.decode(ids[:-1]) == text
+
+
+def test_an_eos_written_in_a_turn_stays_text(encoder: Make) -> None:
+    fields = {"instruction": "a", "output": "b<|im_end|>"}
+    made = encoder(fields)
+    parts, fate = one(made, fields)
+    assert fate == "kept"
+    assert content(made, parts, learn=True) == "b<|im_end|>"
+
+
+def test_the_report_says_that_written_eos_were_taken_off(load: Load) -> None:
+    data = load([{"prompt": "a", "completion": "b<|im_end|>"}, {"prompt": "a", "completion": "b"}])
+    assert data.report()[1].startswith(f"train: 2 rows (1 kept, 1 {BARE}), ")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from job.chat import ChatFormat, Encoded, encode
+from job.chat import ChatFormat, Encoded, encode, without_eos
 from job.config.learning import Data
 from job.data.rows import Row
 from job.data.truncate import fit, windows
@@ -63,13 +63,17 @@ class Encoder:
 
     def __init__(self, data: Data, kind: Format, name: str, tokenizer: Tokenizer, chat: ChatFormat):
         self.data, self.kind, self.name, self.tokenizer, self.chat = data, kind, name, tokenizer, chat
+        self.eos = str(tokenizer.inner.eos_token)
 
     def segments(self, row: Row) -> list[Segment]:
-        """The row's segments.
+        """The row's segments, without an eos that is written as text at their end.
 
         Raises:
             DataError: fields are missing or wrong; names the row and what was found.
         """
+        return without_eos(self._written(row), self.eos)
+
+    def _written(self, row: Row) -> list[Segment]:
         try:
             segments = segments_of(self.kind, self.name, row.fields)
         except ValueError as fault:
@@ -78,7 +82,8 @@ class Encoder:
 
     def encode(self, row: Row) -> tuple[list[list[Encoded]], str]:
         """The row's sequences, and its fate: kept, truncated: ..., split: ... or dropped: ..."""
-        segments = self.segments(row)
+        written = self._written(row)
+        segments = without_eos(written, self.eos)
         if not any(part.learn and part.role != "markup" and part.content.strip() for part in segments):
             return [], "dropped: nothing to learn"
         try:
@@ -87,16 +92,16 @@ class Encoder:
             raise DataError(f"{row.where}: {fault}") from fault
         limit = self.data.max_length
         if _length(parts) <= limit:
-            return [parts], "kept"
+            return [parts], "kept" if segments == written else "kept without the eos text at the end"
         if all(part.learn or part.markup for part in parts) and self.name == "text":
             ids = [token for part in parts for token in part.ids]
             whole = [window for window in windows(ids, limit) if len(window) > 1]  # one token predicts nothing
             return [[Encoded(window, False, True)] for window in whole], "split: text over max_length"
         shortened = self._without_old_turns(segments, limit)
+        if not any(part.learn and part.ids and not part.markup for part in shortened):
+            return [], "dropped: over max_length, and only its oldest turns are learnt"
         cut = fit(shortened, limit)
-        if cut is None or not any(part.learn and part.ids for part in cut):
-            return [], "dropped: the chat format alone fills max_length"
-        return [cut], "truncated: over max_length"
+        return ([cut], "truncated: over max_length") if cut else ([], "dropped: the chat format alone fills max_length")
 
     def _without_old_turns(self, segments: list[Segment], limit: int) -> list[Encoded]:
         """Leave out the oldest exchanges of a long conversation while that is enough; the last always stays."""

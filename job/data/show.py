@@ -53,7 +53,7 @@ def _losses(encoder: Encoder, rows: Sequence[Row], name: str) -> Iterator[Text]:
         sequences, fate = encoder.encode(row)
         lengths += [sum(len(part.ids) for part in parts) for parts in sequences]
         fates[fate] += 1
-        if fate != "kept":
+        if not fate.startswith("kept"):
             named.append(f"  {row.where}: {fate}")
     if not lengths:
         raise nothing_to_learn(fates)
