@@ -15,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pyarrow
 import pyarrow.parquet
@@ -159,6 +160,18 @@ def test_parquets_own_types_come_as_json_has_them(tmp_path: Path) -> None:
             "share": 0.1,
         }
     ]
+
+
+def test_a_hub_sets_own_types_come_as_json_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def had(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"day": [date(2024, 7, 26)], "n": [1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", had)
+    assert read("owner/rows:train[:1]") == [{"day": "2024-07-26", "n": 1}]
+    assert asked == [("owner/rows", "train[:1]")]
 
 
 def test_folders_globs_and_lists_are_read_in_the_order_of_their_names(folder: Path) -> None:
