@@ -3,9 +3,9 @@
 The sentence beneath a field is its documentation: what it is, its unit, what "off" means, and its rule (see `rules`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from job.config.rules import Extendable, Free
 from job.config.section import Section, works_only
@@ -75,12 +75,25 @@ class Storage(Section):
     """Address a bucket as endpoint/bucket instead of bucket.endpoint, as most own servers need; off is false. Free."""
     ca_bundle: Free[str | None] = None
     """File of certificate authorities for the endpoint; off (null) is the system's. Free."""
-    cache_dir: Annotated[Free[str | None], works_only(None, because="Weights are streamed, not cached")] = None
-    """Local folder in which downloaded weights are kept for the next run; off is null. Free."""
-    cache_gib: Annotated[Free[float | None], works_only(None, because="Weights are streamed, not cached")] = Field(
-        default=None, gt=0
-    )
-    """Largest size of that folder, GiB; off (null) is no limit. Free."""
+    cache_dir: Free[str | None] = None
+    """Folder on the node's own disk that keeps downloaded weights for its next run; off is null. Free."""
+    cache_gib: Free[float | None] = Field(default=None, gt=0)
+    """Largest size of that folder, GiB, the least recently used removed first; off (null) is no limit. Free."""
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _on_this_machine(cls, folder: str | None) -> str | None:
+        if folder is not None and (not folder.strip() or "://" in folder):
+            raise ValueError(f"{folder!r} is no folder of this machine. Name one on its own disk, such as /tmp/weights")
+        return folder
+
+    @model_validator(mode="after")
+    def _limit_has_a_folder(self) -> Self:
+        if self.cache_gib is not None and self.cache_dir is None:
+            raise ValueError(
+                f"storage.cache_gib: {self.cache_gib:g} GiB of no folder. Set storage.cache_dir, or use null"
+            )
+        return self
 
 
 class Output(Section):
