@@ -54,10 +54,19 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
     import os
 
     settings_read = _load(config, settings)
-    from job.engine import disconnect
+    from job.hardware import count_gpus
+    from job.launch import local
+    from job.world import World, started_by_launcher
+
+    if not started_by_launcher(os.environ):
+        gpus = count_gpus()
+        count = local.workers(settings_read, gpus)
+        if count > 1:
+            words = ["train", config, *(settings or ())]
+            sys.exit(local.start(words, count, gpus, _say))
+    from job.group import disconnect
     from job.model import quiet_libraries
     from job.train import train as run
-    from job.world import World
 
     quiet_libraries()
     world = World.from_env(os.environ, context.obj)

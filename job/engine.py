@@ -1,12 +1,12 @@
-"""DeepSpeed's engine behind one door: connect, train a step, evaluate, gather."""
+"""DeepSpeed's engine behind one door: train a step, evaluate, gather."""
 
 import inspect
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import bitsandbytes as bnb
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,16 +14,9 @@ import torch.nn.functional as F
 from job.config.learning import Train
 from job.data import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
-from job.errors import JobError
 from job.plan import Plan
+from job.sharding import gathered
 from job.world import World
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-import deepspeed
-from deepspeed.utils import logger as deepspeed_logger
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,45 +29,6 @@ class Step:
     applied: bool
 
 
-def connect(world: World, device: str) -> None:
-    """Open the process group; everything that communicates comes after this."""
-    deepspeed_logger.setLevel("ERROR")
-    # gloo reduces the few megabytes of an adapter as well as DeepSpeed's shared-memory operator, which takes 30 s to
-    # compile at its first use
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if world.world_size == 1 and not dist.is_initialized():
-        alone = dist.HashStore()  # type: ignore[attr-defined]  # one rank needs no address
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=alone, rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
-
-
-def disconnect() -> None:
-    """Close the process group, at the very end of a process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def on_first_rank(world: World, decide: Callable[[], T]) -> T:
-    """What `decide` gives on rank 0, on every rank; its refusal is every rank's refusal.
-
-    Raises:
-        JobError: what `decide` raised.
-    """
-    verdict: list[Any] = [None, None]
-    if world.rank == 0:
-        try:
-            verdict[0] = decide()
-        except JobError as fault:
-            verdict[1] = fault
-    if world.world_size > 1:
-        dist.broadcast_object_list(verdict)
-    if verdict[1] is not None:
-        raise verdict[1]
-    decided: T = verdict[0]
-    return decided
-
-
 class Engine:
     """A model under DeepSpeed.
 
@@ -83,10 +37,12 @@ class Engine:
         places: told where the tokens of each micro-batch stand, for dropout.
         plan: precision and batches.
         train: optimizer settings.
-        world: this rank among its peers; `connect` has been called.
+        world: this rank among its peers; the process group is open.
     """
 
     def __init__(self, model: Any, places: Places, plan: Plan, train: Train, world: World):
+        if plan.zero.shards_base:
+            _gather_by_layer(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.inner, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
@@ -128,12 +84,24 @@ class Engine:
         return float(total) / max(batch.learnt, 1)
 
     def gather(self) -> dict[str, torch.Tensor]:
-        """The trained parameters by name, whole, on the CPU, in the type the model computes with."""
-        return {
-            name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        """The trained parameters by name, whole, on the CPU, in the type the model computes with; every rank calls."""
+        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        return {name: whole.detach().to("cpu", copy=True) for name, whole in gathered(trained)}
+
+    def base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The frozen parameters by their names in the base, whole, one at a time; every rank calls."""
+        base = self.model.get_base_model()
+        frozen = [(name, value) for name, value in base.named_parameters() if not value.requires_grad]
+        return gathered([(name.replace(".base_layer", ""), value) for name, value in frozen])
+
+    @torch.no_grad()
+    def logits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] in evaluation mode; every rank calls."""
+        self.inner.eval()
+        # neither a mask nor a cache: with either, transformers 5 lets packed rows see each other
+        ids, positions = ids_BT.to(self.device), positions_BT.to(self.device)
+        logits: torch.Tensor = self.inner(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return logits
 
     def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the learnt tokens, fp32; logits are made for learnt positions only."""
@@ -152,6 +120,16 @@ class Engine:
     def _sum_over_ranks(self, total: torch.Tensor) -> None:
         if self.world.world_size > 1:
             dist.all_reduce(total)
+
+
+def _gather_by_layer(model: Any) -> None:
+    """Have ZeRO-3 gather a decoder layer at a time: linear by linear costs half the speed (bench/RESULTS.md)."""
+    names = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
+    layers = {type(module) for module in model.modules() if type(module).__name__ in names}
+    if layers:
+        deepspeed.utils.set_z3_leaf_modules(model, list(layers))
+    # DeepSpeed fetches a layer for its backward pass only where the layer's input has a gradient
+    model.enable_input_require_grads()
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:

@@ -5,12 +5,27 @@ import os
 import psutil
 import torch
 
+from job.errors import InputError
 from job.world import Hardware
 
 
+def count_gpus() -> int:
+    """GPUs that this process may use; none of them is touched."""
+    return torch.cuda.device_count()
+
+
 def this_hardware(local_rank: int) -> Hardware:
-    """The GPU of this local rank, or the CPU when there is none."""
+    """The GPU of this local rank, or the CPU when there is none.
+
+    Raises:
+        InputError: there are fewer GPUs than ranks on this node.
+    """
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"LOCAL_RANK is {local_rank}, and this node shows {torch.cuda.device_count()} GPUs. "
+                "Start as many ranks a node as it has GPUs"
+            )
         torch.cuda.set_device(local_rank)
         properties = torch.cuda.get_device_properties(local_rank)
         bf16 = properties.major >= 8  # emulated below, at a fraction of the speed
@@ -26,3 +41,8 @@ def peak_memory_gib(device: str) -> float:
     with open("/proc/self/status") as status:
         peak = next((line for line in status if line.startswith("VmHWM")), "VmHWM: 0 kB")
     return int(peak.split()[1]) / 2**20
+
+
+def out_of_memory(fault: BaseException) -> bool:
+    """Whether the GPU's memory ran out."""
+    return isinstance(fault, torch.OutOfMemoryError)

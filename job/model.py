@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from job.config.learning import Lora, Quantization
 from job.dropout import Places, RowDropout
 from job.errors import ConfigError, ModelError
 from job.headers import Tensor
+from job.linear import FrozenLinear4bit
 from job.weights import TORCH_DTYPE, Piece, Share
 
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -48,6 +49,9 @@ def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> An
     if run.quantization.type != "none":
         keep = get_keys_to_not_convert(model)
         replace_with_bnb_linear(model, keep, quantization_config=_bnb_config(run.quantization, compute_dtype))
+        for module in model.modules():
+            if type(module) is bnb.nn.Linear4bit:
+                module.__class__ = FrozenLinear4bit
     model.requires_grad_(False)
     _no_base_dropout(model)
     return model
@@ -73,8 +77,11 @@ def _no_base_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def shares(model: nn.Module, headers: dict[str, Tensor], name: str) -> list[Share]:
-    """What one rank that holds everything reads: each parameter whole, tied ones once.
+def shares(model: nn.Module, headers: dict[str, Tensor], name: str, storage_bytes: int = 1) -> list[Share]:
+    """Each parameter whole, tied ones once, in the order in which they lie in the files.
+
+    Args:
+        storage_bytes: bytes of the elements that hold packed 4-bit weights.
 
     Raises:
         ModelError: the checkpoint lacks a parameter, or one has another shape, or tensors are left over.
@@ -95,7 +102,10 @@ def shares(model: nn.Module, headers: dict[str, Tensor], name: str) -> list[Shar
             continue
         used.add(parameter)
         if parameter not in tied:
-            wanted.append(Share(parameter, tensor, 0, tensor.numel, quantize))
+            unit = 1
+            if quantize:  # a row of int8 has its scale
+                unit = 2 * storage_bytes if isinstance(module, bnb.nn.Linear4bit) else value.shape[-1]
+            wanted.append(Share(parameter, tensor, 0, tensor.numel, quantize, unit))
     left = [key for key in headers if key not in used and not key.endswith(IGNORED_TENSORS)]
     faults += [f"{key} is in the checkpoint but not in the model" for key in left]
     if faults:
@@ -103,15 +113,25 @@ def shares(model: nn.Module, headers: dict[str, Tensor], name: str) -> list[Shar
         raise ModelError(
             f"model.name: the weights of {name} do not fit its config.json\n  " + "\n  ".join(faults[:5]) + more
         )
-    return wanted
+    return sorted(wanted, key=lambda share: (share.tensor.file, share.tensor.start))
 
 
-def place(model: Any, pieces: Iterable[Piece], device: str) -> None:
-    """Fill the module with whole pieces, tie what is tied, compute what no checkpoint holds (rotary tables)."""
+Hold = Callable[[Any, Piece], None]
+
+
+def place(model: Any, pieces: Iterable[Piece], device: str, hold: Hold | None = None) -> None:
+    """Fill the module with pieces, tie what is tied, compute what no checkpoint holds (rotary tables).
+
+    Args:
+        hold: makes a partition of a parameter that got only this rank's piece; None when the pieces are whole.
+    """
     for piece in pieces:
         path, _, leaf = piece.share.name.rpartition(".")
         module = model.get_submodule(path)
-        module._parameters[leaf] = _parameter(module, piece)
+        parameter = _parameter(module, piece)
+        if hold:
+            hold(parameter, piece)
+        module._parameters[leaf] = parameter
         if isinstance(module, bnb.nn.Linear4bit) and leaf == "weight":
             module.quant_state = piece.state
             # on CPUs with AVX512-BF16 an evaluation would repack the weight for good, and training after it gets no
@@ -146,20 +166,21 @@ def _parameter(module: nn.Module, piece: Piece) -> Any:
     return nn.Parameter(piece.data, requires_grad=False)
 
 
-@torch.no_grad()
-def refuse_leaking_packs(model: Any, device: str) -> None:
+def refuse_leaking_packs(logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], name: str) -> None:
     """Prove that a row's logits do not depend on the row before it in its sequence.
+
+    Args:
+        logits: ids [1, T] and positions [1, T] to logits [1, T, V].
+        name: the architecture, for the message.
 
     Raises:
         ConfigError: they do: this architecture does not restart at position 0.
     """
     row, positions = torch.arange(16, 28), torch.cat([torch.arange(8), torch.arange(12)])
-    logits = []
-    for before in (torch.arange(8), torch.arange(8, 16)):
-        packed = torch.cat([before, row])[None].to(device)
-        logits.append(model(packed, position_ids=positions[None].to(device), use_cache=False).logits[0, 8:].float())
-    if (logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].abs().max():
-        reason = f"{type(model).__name__} lets packed rows see each other. Set data.packing: false"
+    before = (torch.arange(8), torch.arange(8, 16))
+    found = [logits(torch.cat([first, row])[None], positions[None])[0, 8:].float() for first in before]
+    if (found[0] - found[1]).abs().max() > 1e-3 * found[0].abs().max():
+        reason = f"{name} lets packed rows see each other. Set data.packing: false"
         raise ConfigError("the settings for this model", [f"data.packing: {reason}"])
 
 

@@ -6,9 +6,14 @@ from typing import Any, Literal, Self
 
 from job.config import RunConfig
 from job.errors import ConfigError
+from job.own_deepspeed import adopt, contradictions, merged, read_own
 from job.world import Hardware, World
+from job.zero import Strategy, Zero, make_zero, zero_faults
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Storage = Literal["uint8", "bf16", "fp16", "fp32"]
+STORAGE_BYTES: dict[Storage, int] = {"uint8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
+"""Types whose elements hold packed 4-bit weights, two to a byte."""
 
 FP16_OVERFLOWS = ("gemma", "gemma2", "gemma3", "gemma3_text")
 """Model types whose activations exceed fp16's 65504, so that training in it diverges."""
@@ -16,9 +21,12 @@ FP16_OVERFLOWS = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run will go. `steps` is 0 until the rows are counted (see `with_steps`)."""
+    """How a run will go. `steps` is 0 until the rows are counted (see `with_steps`); `own` is the user's DeepSpeed
+    JSON, which wins over what is generated."""
 
-    strategy: Literal["replicate"]
+    zero: Zero
+    own: dict[str, Any]
+    storage: Storage
     precision: Precision
     compute_dtype: Precision
     device: Literal["cpu", "cuda"]
@@ -29,7 +37,6 @@ class Plan:
     schedule: Literal["linear", "cosine", "constant"]
     warmup: float
     max_grad_norm: float
-    bucket: int | None
     steps: int = 0
     notes: tuple[str, ...] = ()
 
@@ -53,24 +60,21 @@ class Plan:
         return self.peak_rate * falling[self.schedule]
 
     def deepspeed(self) -> dict[str, Any]:
-        """The DeepSpeed configuration. Stage 1 keeps fp32 masters of the adapter and the base whole on every rank."""
-        zero: dict[str, Any] = {"stage": 1, "contiguous_gradients": True, "overlap_comm": False}
-        if self.bucket:
-            zero |= {"reduce_bucket_size": self.bucket, "allgather_bucket_size": self.bucket}
+        """The DeepSpeed configuration."""
         config: dict[str, Any] = {
             "train_batch_size": self.global_batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.max_grad_norm,
-            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
+            **self.zero.dictionary(),
         }
         if self.precision == "bf16":
             config["bf16"] = {"enabled": True}
         if self.precision == "fp16":
             config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
-        return config
+        return merged(config, self.own)
 
 
 def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: str = "") -> Plan:
@@ -82,8 +86,9 @@ def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: s
     Raises:
         ConfigError: settings and machine do not go together; all faults at once.
     """
+    own = read_own(config)
+    config, faults = adopt(config, own)
     train = config.train
-    faults: list[str] = []
     precision, notes = _precision(config, hardware, model_type, faults)
     one_round = train.micro_batch_size * world.world_size
     if train.global_batch_size % one_round:
@@ -94,21 +99,16 @@ def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: s
         )
     if train.optimizer == "paged_adamw_8bit" and hardware.device == "cpu":
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
-    if hardware.gpus > 1 and world.world_size == 1:
-        notes.append(f"{hardware.gpus} GPUs are here and one is used: this version trains in one process")
-    if config.model.attention.startswith("flash") and hardware.device == "cpu":
-        faults.append(f"model.attention: {config.model.attention} needs a GPU. Use sdpa")
-    sizes = (train.micro_batch_size, config.evaluation.micro_batch_size)
-    if config.model.attention.startswith("flash") and max(sizes) > 1:
-        faults.append(
-            f"model.attention: {config.model.attention} keeps packed rows apart only at train.micro_batch_size and "
-            "evaluation.micro_batch_size 1. Set both to 1, or use sdpa"
-        )
-    if faults:
-        raise ConfigError("the settings for this machine", faults)
+    faults += _attention_faults(config, hardware)
+    strategy: Strategy = "replicate" if config.parallel.strategy == "auto" else config.parallel.strategy
+    faults += zero_faults(config, strategy, world.nodes)
+    # DeepSpeed swaps to files through buffers of the computing type alone
+    storage: Storage = precision if config.parallel.offload_parameters == "nvme" else "uint8"
     wanted = config.quantization.compute_dtype
-    return Plan(
-        strategy="replicate",
+    plan = Plan(
+        zero=make_zero(config, strategy, world.ranks_per_node, STORAGE_BYTES[storage]),
+        own=own,
+        storage=storage,
         precision=precision,
         compute_dtype=precision if wanted == "auto" else wanted,
         device=hardware.device,
@@ -119,9 +119,24 @@ def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: s
         schedule=train.schedule,
         warmup=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
-        bucket=config.parallel.bucket,
         notes=tuple(notes),
     )
+    faults += contradictions(replace(plan, own={}).deepspeed(), own, str(config.parallel.deepspeed))
+    if faults:
+        raise ConfigError("the settings for this machine", faults)
+    return plan
+
+
+def _attention_faults(config: RunConfig, hardware: Hardware) -> list[str]:
+    attention, faults = config.model.attention, []
+    if attention.startswith("flash") and hardware.device == "cpu":
+        faults.append(f"model.attention: {attention} needs a GPU. Use sdpa")
+    if attention.startswith("flash") and max(config.train.micro_batch_size, config.evaluation.micro_batch_size) > 1:
+        faults.append(
+            f"model.attention: {attention} keeps packed rows apart only at train.micro_batch_size and "
+            "evaluation.micro_batch_size 1. Set both to 1, or use sdpa"
+        )
+    return faults
 
 
 def _precision(

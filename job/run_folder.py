@@ -10,6 +10,7 @@ import yaml
 
 from job.config import RunConfig, changes, parse_config
 from job.errors import InputError, OutputError
+from job.sinks import forget_metrics
 from job.store import Store, reason
 
 STATUS, SETTINGS = "status.json", "run.yaml"
@@ -63,13 +64,16 @@ class RunFolder:
             ) from fault
 
     def already_finished(self) -> bool:
-        """Whether this very run is done; False when the folder is new.
+        """Whether this very run is done; False when the folder is new, or holds a run that ended before its first
+        step: nothing was learnt, and the cure may lie in any setting.
 
         Raises:
             OutputError: the folder holds a run with other settings, or one that is not finished.
         """
         if self.old is None:
             self._refuse_foreign_files()
+            return False
+        if self.status and self.status.state in ("failed", "interrupted") and self.status.step == 0:
             return False
         url = self.config.output.url
         differing = changes(self.old, self.config)
@@ -95,13 +99,15 @@ class RunFolder:
         return True
 
     def begin(self) -> None:
-        """Write run.yaml and the first status.
+        """Write run.yaml and the first status; metrics of a run that never took a step go.
 
         Raises:
             OutputError: the URL cannot be written.
         """
         try:
             text = yaml.dump(self.config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+            if self.old is not None:
+                forget_metrics(self.store)
             self.store.write(SETTINGS, text.encode())
             self.write_status("running", "", 0)
         except Exception as fault:  # every driver has its own errors

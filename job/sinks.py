@@ -14,6 +14,7 @@ from job.store import Store
 
 Metrics = Mapping[str, float]
 METRICS = "metrics.jsonl"
+PARTS = "metrics-parts"
 
 
 class Sink(Protocol):
@@ -90,7 +91,7 @@ class JsonlSink:
 
     def __init__(self, store: Store, part_rows: int = 100, part_s: float = 60):
         self.store, self.part_rows, self.part_s = store, part_rows, part_s
-        self.parts = store.child("metrics-parts")
+        self.parts = store.child(PARTS)
         self.lines: list[bytes] = []
         self.waiting: list[bytes] = []
         self.written = time.monotonic()
@@ -115,6 +116,15 @@ class JsonlSink:
         self.store.write(METRICS, b"".join(self.lines))
         for name in self.parts.names():
             self.parts.remove(name)
+
+
+def forget_metrics(store: Store) -> None:
+    """Remove metrics.jsonl and its parts, where there are any."""
+    parts = store.child(PARTS)
+    for name in parts.names():
+        parts.remove(name)
+    if store.exists(METRICS):
+        store.remove(METRICS)
 
 
 def read_metrics(store: Store) -> list[dict[str, float]]:

@@ -8,6 +8,9 @@ from typing import Self
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+NAMES = [number.name for number in SIGNALS]
+
+
 class StopRequest:
     """Context manager; `asked` is the name of the signal that asked for a stop, or None."""
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from job import adapter, loop
 from job.config import RunConfig
 from job.data import Dataset, load_dataset
-from job.engine import Engine, connect, on_first_rank
+from job.engine import Engine
 from job.errors import Interrupted, JobError, ModelError
-from job.hardware import this_hardware
+from job.group import agreed, connect, first_of_each_node, lost_peer, on_first_rank
+from job.hardware import out_of_memory, this_hardware
 from job.headers import read_headers
 from job.model import (
     DTYPE,
@@ -21,11 +22,13 @@ from job.model import (
     refuse_leaking_packs,
     shares,
 )
-from job.plan import make_plan
-from job.pretrained import base_name, fetch, fetch_weights, read_config
-from job.run_folder import RunFolder
+from job.plan import STORAGE_BYTES, make_plan
+from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config
+from job.run_folder import STATUS, RunFolder
+from job.sharding import Receipts, own_shares, partitioner, scales_of_all, whole
 from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
-from job.stop import StopRequest
+from job.stop import NAMES, StopRequest
+from job.store import reason
 from job.tokenizer import Tokenizer
 from job.weights import stream
 from job.world import World
@@ -63,7 +66,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     if on_first_rank(world, run.already_finished):
         done = run.status.step if run.status else 0
         return Outcome("already finished", done, None, None, f"{run.store.url}/adapter")
-    files, checkpoint = fetch(config.model, config.storage)
+    files, checkpoint = first_of_each_node(world, lambda: fetch(config.model, config.storage))
     architecture = read_config(files, config.model)
     plan = make_plan(config, world, hardware, architecture.model_type)
     tokenizer = Tokenizer(files, config.model.trust_remote_code)
@@ -71,27 +74,39 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     lora_targets(skeleton, config.lora.targets)
     data = load_dataset(config, tokenizer)
     _fits(data, architecture, config.model.name)
-    checkpoint = fetch_weights(config.model, checkpoint)
-    wanted = shares(skeleton, read_headers(checkpoint), config.model.name)
+    checkpoint = first_of_each_node(world, lambda: fetch_weights(config.model, checkpoint))
+    wanted = shares(skeleton, read_headers(checkpoint), config.model.name, STORAGE_BYTES[plan.storage])
     plan = plan.with_steps(config.train.max_steps or data.train.steps(config.train.epochs))
     for line in (*plan.notes, *data.report(), f"{plan.steps} steps in {plan.precision} on {hardware.name}"):
         say(line)
 
     with _recorded(run, world) as record, StopRequest() as stop:
-        dtype = DTYPE[plan.precision]
-        place(skeleton, stream(checkpoint, wanted, config.quantization, dtype, hardware.device), hardware.device)
-        if config.data.packing:
-            refuse_leaking_packs(skeleton, hardware.device)
+        dtype, device = DTYPE[plan.precision], hardware.device
+        receipts, exchange = Receipts(world), scales_of_all(world)
+        pieces = stream(checkpoint, own_shares(wanted, world), config.quantization, dtype, device, exchange)
+        pieces = receipts.keep(pieces)
+        if plan.zero.shards_base:
+            place(skeleton, pieces, device, hold=partitioner(plan, world))
+        else:
+            place(skeleton, whole(pieces, world), device)
         model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)
         if config.train.recompute == "full":
             recompute_activations(model)
         engine = Engine(model, places, plan, config.train, world)
+        receipts.prove(engine.base())
+        if config.data.packing:
+            refuse_leaking_packs(engine.logits, type(skeleton).__name__)
         with _sinks(config, run, world, plan.steps) as on_row:
-            loop.run(engine, data, plan, config, world, on_row, lambda: stop.asked, record.progress)
+            loop.run(
+                engine, data, plan, config, world, on_row, lambda: agreed(world, stop.asked, NAMES), record.progress
+            )
         if world.speaks:
             target = run.store.child("adapter")
-            adapter.write(model, record.progress.adapter, tokenizer, target, trained=record.progress.step > 0)
+            trained = record.progress.step > 0
+            adapter.write(model, record.progress.adapter, tokenizer, target, trained, config.model.revision)
         record.finish()
+    if note := plain_peft_note(config.model):
+        say(note)
     progress = record.progress
     after = progress.last_eval if progress.kept_eval is None else progress.kept_eval
     return Outcome("finished", progress.step, progress.first_eval, after, f"{run.store.url}/adapter")
@@ -150,8 +165,30 @@ def _recorded(run: RunFolder, world: World) -> Iterator[_Record]:
         record.write("interrupted", "a second Ctrl-C")
         raise
     except BaseException as fault:
-        record.write("failed", str(fault) if isinstance(fault, JobError) else f"{type(fault).__name__}: {fault}")
-        raise
+        known = _in_words(fault, record.progress.step)
+        try:
+            record.write("failed", str(known or f"{type(fault).__name__}: {fault}"))
+        except Exception as second:  # such as the full disk that was the fault
+            fault.add_note(f"{STATUS} could not be written either: {reason(second)}")
+        if known is None or known is fault:
+            raise
+        raise known from fault
+
+
+def _in_words(fault: BaseException, step: int) -> JobError | None:
+    """The faults that a user can cure, in a sentence; None for those that are ours."""
+    if isinstance(fault, JobError):
+        return fault
+    if out_of_memory(fault):
+        return JobError(
+            f"the GPU's memory ran out after step {step} ({str(fault).splitlines()[0][:160]}). Lower "
+            "train.micro_batch_size or data.max_length, set train.recompute: full, or parallel.strategy: zero3"
+        )
+    if isinstance(fault, OSError):
+        return JobError(f"storage failed after step {step}: {reason(fault)}. Check space, network and keys")
+    if lost_peer(fault):
+        return JobError(f"another rank ended after step {step}; what it said tells why")
+    return None
 
 
 @contextmanager

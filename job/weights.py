@@ -5,11 +5,13 @@ bitsandbytes' quantization of the whole tensor. Nothing here knows modules or De
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import bitsandbytes.functional as bnb
 import torch
+import torch.nn.functional as F
 
 from job.config.learning import Quantization
 from job.headers import Tensor
@@ -17,6 +19,8 @@ from job.store import Store
 
 BLOCK = 64
 """Weights that share one scale (bitsandbytes' default, and the QLoRA paper's)."""
+_ODD = -7046029254386353131
+"""0x9E3779B97F4A7C15 as int64: 2^64 over the golden ratio, which spreads neighbouring places."""
 NESTED_BLOCK = 256
 """Scales that share one scale of their own under double quantization."""
 CHUNK = 1 << 25
@@ -24,19 +28,25 @@ CHUNK = 1 << 25
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
-Exchange = Callable[[torch.Tensor], torch.Tensor]
-"""Gives every rank the scales of all ranks, in order; with one rank they are all there already."""
-
 
 @dataclass(frozen=True)
 class Share:
-    """Elements [start, stop) of a flattened checkpoint tensor, wanted under `name`, quantized or as they are."""
+    """Elements [start, stop) of a flattened checkpoint tensor, wanted under `name`, quantized or as they are.
+
+    `unit` elements stay together when a share is split: those of a stored byte, or of a row for int8.
+    """
 
     name: str
     tensor: Tensor
     start: int
     stop: int
     quantize: bool
+    unit: int = 1
+
+    @property
+    def scales(self) -> int:
+        """Blocks of 4-bit weights that begin in this share: their scales are its own."""
+        return -(-self.stop // BLOCK) + -self.start // BLOCK
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,26 @@ class Piece:
     row_scale: torch.Tensor | None = None
 
 
+Exchange = Callable[[torch.Tensor, Share], torch.Tensor]
+"""Gives every rank the scales of all ranks, in order; with one rank they are all there already."""
+
+
+def split(share: Share, ranks: int) -> list[Share]:
+    """What each rank holds of a whole tensor: ceil(units / ranks) units, as DeepSpeed partitions a parameter; the last
+    ranks may get less, or nothing."""
+    units = -(-share.tensor.numel // share.unit)
+    step = -(-units // ranks) * share.unit
+    cuts = [min(rank * step, share.tensor.numel) for rank in range(ranks + 1)]
+    return [replace(share, start=start, stop=stop) for start, stop in pairwise(cuts)]
+
+
 def stream(
     store: Store,
     shares: Iterable[Share],
     quantization: Quantization,
     dtype: torch.dtype,
     device: str,
-    exchange: Exchange = lambda absmax: absmax,
+    exchange: Exchange = lambda absmax, share: absmax,
 ) -> Iterator[Piece]:
     """Read and quantize the shares one after the other; at most one share and one chunk are in memory.
 
@@ -75,7 +98,7 @@ def stream(
         if not share.quantize or quantization.type == "none":
             yield Piece(share, _plain(store, share, dtype, device))
         elif quantization.type == "int8":
-            values = _plain(store, share, torch.float16, device)
+            values = _plain(store, share, torch.float16, device).view(-1, share.tensor.shape[-1])
             data, row_scale, _ = bnb.int8_vectorwise_quant(values)
             yield Piece(share, data, row_scale=row_scale)
         else:
@@ -105,12 +128,11 @@ def _four_bits(
 ) -> Piece:
     kind: Literal["nf4", "fp4"] = "nf4" if quantization.type == "nf4" else "fp4"
     tensor, numel = share.tensor, share.tensor.numel
-    wide_start = (
-        share.start - share.start % BLOCK
-    )  # a block has one scale: read the ones we share with neighbours whole
+    # a block has one scale: read the ones we share with neighbours whole
+    wide_start = share.start - share.start % BLOCK
     wide_stop = min(share.stop + -share.stop % BLOCK, numel)
-    packed, scales = [], []
-    for start, stop in _chunks(wide_start, wide_stop):
+    packed, scales = [torch.empty(0, dtype=torch.uint8, device=device)], [torch.empty(0, device=device)]
+    for start, stop in _chunks(wide_start, wide_stop) if share.start < share.stop else ():
         values = _read(store, tensor, start, stop).to(device, dtype)
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, kind, torch.uint8)
         packed.append(codes.view(-1))
@@ -118,9 +140,22 @@ def _four_bits(
     bytes_wide, scales_wide = torch.cat(packed), torch.cat(scales)
     skip = (share.start - wide_start) // 2
     data = bytes_wide[skip : skip + (share.stop - share.start + 1) // 2].clone()
-    first, last = -(-share.start // BLOCK), -(-share.stop // BLOCK)  # blocks that begin in this share are its own
-    own = scales_wide[first - wide_start // BLOCK : last - wide_start // BLOCK]
-    return Piece(share, data.view(-1, 1), _state(exchange(own), tensor, kind, dtype, quantization.double_quant))
+    skip = -(-share.start // BLOCK) - wide_start // BLOCK
+    absmax = exchange(scales_wide[skip : skip + share.scales], share)
+    return Piece(share, data.view(-1, 1), _state(absmax, tensor, kind, dtype, quantization.double_quant))
+
+
+def fingerprint(data: torch.Tensor) -> torch.Tensor:
+    """A 64-bit sum over the bytes of `data`, each word weighted by a hash of its place, made where the data lie: equal
+    for equal bytes, and as good as never for others. It finds corruption, not malice."""
+    flat = data.detach().reshape(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for place, part in enumerate(torch.split(flat, 1 << 24)):
+        words = F.pad(part, (0, -part.numel() % 8)).clone().view(torch.int64)
+        weights = torch.arange(1, words.numel() + 1, device=data.device).add_(place << 40).mul_(_ODD)
+        weights ^= weights >> 29
+        total += (words * (weights | 1)).sum()
+    return total
 
 
 def _state(absmax: torch.Tensor, tensor: Tensor, kind: str, dtype: torch.dtype, double: bool) -> bnb.QuantState:

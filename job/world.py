@@ -18,6 +18,11 @@ class Hardware:
     gpus: int = 0
 
 
+def started_by_launcher(env: Mapping[str, str]) -> bool:
+    """Whether torchrun, deepspeed, accelerate, Ray or this command started this process as one of its workers."""
+    return "RANK" in env and "WORLD_SIZE" in env
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its peers, as its launcher said through environment variables."""
@@ -26,10 +31,13 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     job_id: str | None = None
+    local_world_size: int = 0
+    """Ranks on this node; 0 means all of them."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], local_rank: int | None = None) -> Self:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed, accelerate, Ray) and SLURM_JOB_ID.
+        """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed, accelerate, Ray), LOCAL_WORLD_SIZE (deepspeed:
+        LOCAL_SIZE) and SLURM_JOB_ID.
 
         Args:
             env: the environment; nothing else is looked at.
@@ -39,14 +47,27 @@ class World:
             InputError: a variable is no number, or the numbers contradict each other.
         """
         numbers = {}
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", local_rank or 0)):
+        names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", local_rank or 0), ("LOCAL_SIZE", 0)
+        for name, default in (*names, ("LOCAL_WORLD_SIZE", 0)):
             text = env.get(name, str(default))
             if not (text.isascii() and text.isdecimal()):
                 raise InputError(f"The environment's {name} is {text!r}, expected a number. Unset it or use a launcher")
             numbers[name] = int(text)
         if numbers["RANK"] >= numbers["WORLD_SIZE"]:
             raise InputError(f"RANK is {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']}, expected less")
-        return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], env.get("SLURM_JOB_ID"))
+        whole = numbers["WORLD_SIZE"]
+        here = numbers["LOCAL_WORLD_SIZE"] or numbers["LOCAL_SIZE"]
+        return cls(numbers["RANK"], whole, numbers["LOCAL_RANK"], env.get("SLURM_JOB_ID"), here)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on this node."""
+        return self.local_world_size or self.world_size
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of as many ranks as this one."""
+        return -(-self.world_size // self.ranks_per_node)
 
     @property
     def speaks(self) -> bool:

@@ -24,7 +24,7 @@ BOOL, WHOLE, NUMBER = (
 )
 POSITIVE, NOT_NEGATIVE = "input should be greater than 0", "input should be greater than or equal to 0"
 NO_CHECKPOINTS = "Checkpoints are not there yet: a run is written once, at its end"
-ONE_PROCESS = "This version trains in one process"
+OFFLOADS = "input should be 'none', 'cpu' or 'nvme'"
 NO_GRACE = "comes with checkpoints, which are not there yet"
 NOTHING = "names nothing. Give a file, glob, folder, URL or hub id, or a list of them"
 
@@ -99,16 +99,21 @@ REFUSED = {
     "generation.top_k": ("-1", wrong(-1, NOT_NEGATIVE)),
     "generation.repetition_penalty": ("0.5", wrong(0.5, "input should be greater than or equal to 1")),
     "generation.rows": ("0", wrong(0, POSITIVE)),
-    "parallel.strategy": ("zero3", later("zero3", f"{ONE_PROCESS}. Use auto or replicate")),
-    "parallel.processes": ("2", later(2, f"{ONE_PROCESS}. Use all or 1")),
-    "parallel.offload_optimizer": ("cpu", later("cpu", "Offload is not there yet. Use none")),
-    "parallel.offload_parameters": ("nvme", later("nvme", "Offload is not there yet. Use none")),
-    "parallel.nvme_path": ("/nvme", later("/nvme", "Offload is not there yet. Use null")),
+    "parallel.strategy": (
+        "zero1",
+        wrong("zero1", "input should be 'auto', 'replicate', 'zero2', 'zero3' or 'hpz'"),
+    ),
+    "parallel.processes": ("0", wrong(0, "input should be 'all' or greater than 0")),
+    "parallel.offload_optimizer": ("disk", wrong("disk", OFFLOADS)),
+    "parallel.offload_parameters": ("gpu", wrong("gpu", OFFLOADS)),
+    "parallel.nvme_path": ("/nvme", "nothing is offloaded to nvme. Leave it out, or set an offload to nvme"),
     "parallel.bucket": ("0", wrong(0, POSITIVE)),
-    "parallel.prefetch": ("9", later(9, "zero3 is not there yet. Use null")),
-    "parallel.persistence": ("9", later(9, "zero3 is not there yet. Use null")),
-    "parallel.max_live": ("9", later(9, "zero3 is not there yet. Use null")),
-    "parallel.deepspeed": ("z.json", later("z.json", "The DeepSpeed configuration is generated. Use null")),
+    "parallel.prefetch": ("-1", wrong(-1, NOT_NEGATIVE)),
+    "parallel.persistence": ("-1", wrong(-1, NOT_NEGATIVE)),
+    "parallel.max_live": ("-1", wrong(-1, NOT_NEGATIVE)),
+    "parallel.overlap_comm": ("1", wrong(1, BOOL)),
+    "parallel.contiguous_gradients": ("yes please", wrong("yes please", BOOL)),
+    "parallel.deepspeed": ("3", wrong(3, TEXT)),
     "checkpoint.every_steps": ("9", later(9, f"{NO_CHECKPOINTS}. Use null")),
     "checkpoint.every_epoch": ("true", later(True, f"{NO_CHECKPOINTS}. Use false")),
     "checkpoint.every_minutes": ("9", later(9.0, f"{NO_CHECKPOINTS}. Use null")),
@@ -215,7 +220,11 @@ def another(key: str, field: FieldInfo) -> RunConfig:
     raise AssertionError(f"no other value for {key}")
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if works(FIELDS[key]) is None and key != "evaluation.file"])
+ALONE = ("evaluation.file", "parallel.nvme_path")
+"""Settings that need another one beside them."""
+
+
+@pytest.mark.parametrize("key", [key for key in FIELDS if works(FIELDS[key]) is None and key not in ALONE])
 def test_the_hash_follows_fixed_settings_only(key: str) -> None:
     before, after = minimal(*READY), another(key, FIELDS[key])
     assert [change.key for change in changes(before, after)] == [key]

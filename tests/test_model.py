@@ -179,6 +179,16 @@ def test_architectures_whose_packed_rows_see_each_other_are_refused() -> None:
     size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     opt = transformers.OPTConfig(**size, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0)
     llama = transformers.LlamaConfig(**size, intermediate_size=64)
-    refuse_leaking_packs(transformers.AutoModelForCausalLM.from_config(llama), "cpu")
+    refuse_leaking_packs(logits_of(transformers.AutoModelForCausalLM.from_config(llama)), "Llama")
+    leaking = transformers.AutoModelForCausalLM.from_config(opt).eval()
     with pytest.raises(ConfigError, match=r"OPTForCausalLM lets packed rows see each other. Set data.packing: false"):
-        refuse_leaking_packs(transformers.AutoModelForCausalLM.from_config(opt).eval(), "cpu")
+        refuse_leaking_packs(logits_of(leaking), "OPTForCausalLM")
+
+
+def logits_of(model: Any) -> Any:
+    @torch.no_grad()
+    def logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(ids, position_ids=positions, use_cache=False).logits
+        return found
+
+    return logits

@@ -1,6 +1,5 @@
 """The arithmetic that settings and machine imply."""
 
-import math
 from typing import Any
 
 import pytest
@@ -164,11 +163,6 @@ def test_deepspeed_gets_these_numbers(precision: str, hardware: Hardware) -> Non
     assert {name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")} == {precision} - {"fp32"}
     if precision == "fp16":
         assert config["fp16"]["loss_scale"] == 0, "dynamic loss scaling"
-
-
-def test_deepspeed_s_own_bucket_is_left_alone_unless_set() -> None:
-    assert not {"reduce_bucket_size", "allgather_bucket_size"} & set(plan().deepspeed()["zero_optimization"])
-    assert math.isclose(plan().peak_rate, 2e-4)
 
 
 def test_flash_attention_with_several_sequences_a_forward_is_refused_for_it_would_mix_packed_rows() -> None:

@@ -146,7 +146,7 @@ def test_the_status_of_a_failed_run_says_after_which_step(run_file: RunFile, tmp
     assert status(tmp_path / "out/run")["step"] == len(losses(tmp_path / "out/run")) > 0
 
 
-def test_a_fault_nobody_foresaw_fails_the_run_with_the_reason(run_file: RunFile, tmp_path: Path) -> None:
+def test_a_fault_of_the_storage_on_the_way_is_one_sentence_and_fails_the_run(run_file: RunFile, tmp_path: Path) -> None:
     file = tmp_path / "out/run/metrics.jsonl"
     with Command("train", run_file(), ENDLESS) as command:
         command.wait_for("step 2/")
@@ -157,7 +157,8 @@ def test_a_fault_nobody_foresaw_fails_the_run_with_the_reason(run_file: RunFile,
         done = command.wait()
     assert done.code == 1
     found = status(tmp_path / "out/run")
-    assert found["state"] == "failed" and found["reason"].startswith("IsADirectoryError: ")
+    assert found["state"] == "failed" and found["reason"].startswith("storage failed after step ")
+    assert f"JobError: {found['reason']}" in done.err and "IsADirectoryError" in done.err
 
 
 def test_the_first_signal_asks_and_the_old_handlers_come_back(

@@ -105,7 +105,7 @@ def test_scales_are_nested_over_what_all_ranks_exchanged(tmp_path: Path) -> None
     state = bnb.quantize_4bit(whole, compress_statistics=True, quant_type="nf4")[1]
     all_scales = bnb.quantize_4bit(whole, quant_type="nf4")[1].absmax
     first_half = Share("w", tensor, 0, tensor.numel // 2, True)
-    (piece,) = stream(store, [first_half], Quantization(), torch.float32, "cpu", lambda own: all_scales)
+    (piece,) = stream(store, [first_half], Quantization(), torch.float32, "cpu", lambda own, share: all_scales)
     assert_same_state(piece.state, state)
 
 

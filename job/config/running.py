@@ -5,46 +5,56 @@ The sentence beneath a field is its documentation: what it is, its unit, what "o
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from job.config.rules import Extendable, Free
 from job.config.section import Section, works_only
 
-_ONE_PROCESS = "This version trains in one process"
 _NO_CHECKPOINTS = "Checkpoints are not there yet: a run is written once, at its end"
 
 
 class Parallel(Section):
     """How the run is spread over processes and memories."""
 
-    strategy: Annotated[
-        Free[Literal["auto", "replicate", "zero2", "zero3", "hpz"]],
-        works_only("auto", "replicate", because=_ONE_PROCESS),
-    ] = "auto"
-    """replicate holds the base on every rank, zero2 shards gradients and optimizer, zero3 the base too, hpz that
-    within each node; auto chooses and says why. Free."""
-    processes: Annotated[Free[Literal["all"] | PositiveInt], works_only("all", 1, because=_ONE_PROCESS)] = "all"
-    """Workers that `qlora train` starts on this machine: all GPUs (or one on a CPU), or a number. Free."""
-    offload_optimizer: Annotated[
-        Free[Literal["none", "cpu", "nvme"]], works_only("none", because="Offload is not there yet")
-    ] = "none"
-    """Where the optimizer's state lives besides the GPU; off is none. Free."""
-    offload_parameters: Annotated[
-        Free[Literal["none", "cpu", "nvme"]], works_only("none", because="Offload is not there yet")
-    ] = "none"
-    """Where the sharded base lives besides the GPU; off is none. Free."""
-    nvme_path: Annotated[Free[str | None], works_only(None, because="Offload is not there yet")] = None
-    """Local folder for NVMe offload; off is null. Free."""
+    strategy: Free[Literal["auto", "replicate", "zero2", "zero3", "hpz"]] = "auto"
+    """replicate holds the base on every rank and shards the optimizer's state, zero2 the gradients too, zero3 the
+    base too, hpz that within each node; auto takes replicate when it fits the GPU, else zero3, and says why. Free."""
+    processes: Free[Literal["all"] | PositiveInt] = "all"
+    """Workers that `qlora train` starts on this machine: all is one a GPU, or one on a CPU. Free."""
+    offload_optimizer: Free[Literal["none", "cpu", "nvme"]] = "none"
+    """Where the optimizer's state lives: pinned host memory or files, the latter under zero3 and hpz only; off (none)
+    is the GPU. Free."""
+    offload_parameters: Free[Literal["none", "cpu", "nvme"]] = "none"
+    """Where the base that zero3 and hpz shard lives: pinned host memory or files; off (none) is the GPU. Free."""
+    nvme_path: Free[str | None] = None
+    """Local folder for what is offloaded to nvme, on a fast disk; off is null. Free."""
     bucket: Free[PositiveInt | None] = None
-    """Elements reduced or gathered at once; null is DeepSpeed's default. Free."""
-    prefetch: Annotated[Free[PositiveInt | None], works_only(None, because="zero3 is not there yet")] = None
-    """Elements gathered ahead of use under zero3; null is chosen by the plan. Free."""
-    persistence: Annotated[Free[PositiveInt | None], works_only(None, because="zero3 is not there yet")] = None
-    """Parameters below so many elements stay whole under zero3; null is chosen by the plan. Free."""
-    max_live: Annotated[Free[PositiveInt | None], works_only(None, because="zero3 is not there yet")] = None
-    """Gathered elements that may live at once under zero3; null is chosen by the plan. Free."""
-    deepspeed: Annotated[Free[str | None], works_only(None, because="The DeepSpeed configuration is generated")] = None
-    """Path of your own DeepSpeed JSON; off (null) generates it. Free."""
+    """Elements of gradients reduced at once; off (null) is 5e7. Free."""
+    prefetch: Free[NonNegativeInt | None] = None
+    """Stored elements (a byte holds two 4-bit weights) that zero3 and hpz gather ahead of use, 0 for none; off (null)
+    is 200 MB of them. Free."""
+    persistence: Free[NonNegativeInt | None] = None
+    """Parameters of at most so many elements stay whole under zero3 and hpz; off (null) is 1e6. Free."""
+    max_live: Free[NonNegativeInt | None] = None
+    """Stored elements that may stay gathered under zero3 and hpz; off (null) is 400 MB of them. Free."""
+    overlap_comm: Free[bool] = True
+    """Communicate while computing; off (false) takes turns. Free."""
+    contiguous_gradients: Free[bool] = True
+    """Copy gradients into one buffer as they come, against fragmented memory; off is false. Free."""
+    deepspeed: Free[str | None] = None
+    """Path of your own DeepSpeed JSON: what it says wins over what is generated, contradictions to the run file are
+    refused; off (null) generates all of it. Free."""
+
+    @model_validator(mode="after")
+    def _a_folder_for_nvme(self) -> Self:
+        uses = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if uses and not self.nvme_path:
+            raise ValueError("parallel.nvme_path: offload to nvme needs a folder. Name one on a fast local disk")
+        if self.nvme_path and not uses:
+            raise ValueError(
+                "parallel.nvme_path: nothing is offloaded to nvme. Leave it out, or set an offload to nvme"
+            )
+        return self
 
 
 class Checkpoint(Section):

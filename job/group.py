@@ -1,0 +1,124 @@
+"""The process group: opened first of all, it is how ranks agree and how they exchange what each of them read."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from job.errors import JobError
+from job.world import World
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+T = TypeVar("T")
+
+
+def connect(world: World, device: str) -> None:
+    """Open the process group; everything that communicates comes after this."""
+    deepspeed_logger.setLevel("ERROR")
+    # gloo reduces the few megabytes of an adapter as well as DeepSpeed's shared-memory operator, which takes 30 s to
+    # compile at its first use
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device == "cuda" else "gloo"
+    if world.world_size == 1 and not dist.is_initialized():
+        alone = dist.HashStore()  # type: ignore[attr-defined]  # one rank needs no address
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def disconnect() -> None:
+    """Close the process group, at the very end of a process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_first_rank(world: World, decide: Callable[[], T]) -> T:
+    """What `decide` gives on rank 0, on every rank; its refusal is every rank's refusal.
+
+    Raises:
+        JobError: what `decide` raised.
+    """
+    verdict: list[Any] = [None, None]
+    if world.rank == 0:
+        try:
+            verdict[0] = decide()
+        except JobError as fault:
+            verdict[1] = fault
+    if world.world_size > 1:
+        dist.broadcast_object_list(verdict)
+    if verdict[1] is not None:
+        raise verdict[1]
+    decided: T = verdict[0]
+    return decided
+
+
+def first_of_each_node(world: World, act: Callable[[], T]) -> T:
+    """`act` on the first rank of each node, then on its others, which find on the node's disk what it left there.
+
+    Raises:
+        JobError: what `act` raised on any rank.
+    """
+    result: T | None = None
+    fault: JobError | None = None
+    for turn in (True, False):
+        if (world.local_rank == 0) is turn:
+            try:
+                result = act()
+            except JobError as found:
+                fault = found
+        faults = [found for found in everyone(world, fault) if found is not None]
+        if faults:
+            raise fault or faults[0]
+    return result  # type: ignore[return-value]  # every rank had its turn
+
+
+def agreed(world: World, word: str | None, words: Sequence[str]) -> str | None:
+    """The last of `words` that any rank brings, on every rank; None when none brings one."""
+    if world.world_size == 1:
+        return word
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    place = torch.tensor(0 if word is None else 1 + words.index(word), device=device)
+    dist.all_reduce(place, dist.ReduceOp.MAX)
+    return words[int(place) - 1] if place else None
+
+
+def lost_peer(fault: BaseException) -> bool:
+    """Whether communication failed because another rank is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Socket Timeout")
+    return isinstance(fault, RuntimeError) and any(sign in str(fault) for sign in signs)
+
+
+def everyone(world: World, mine: T) -> list[T]:
+    """What each rank brings, in the order of ranks."""
+    if world.world_size == 1:
+        return [mine]
+    found: list[Any] = [None] * world.world_size
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def joined(world: World, own: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The ranks' flat tensors behind each other.
+
+    Args:
+        own: this rank's part, 1-D, of sizes[rank] elements.
+        sizes: how many elements each rank brings.
+    """
+    most = max(sizes)
+    if world.world_size == 1 or not most:
+        return own
+    padded = torch.zeros(most, dtype=own.dtype, device=own.device)
+    padded[: own.numel()] = own
+    gathered = torch.empty(most * world.world_size, dtype=own.dtype, device=own.device)
+    # bytes: gloo does not know all types
+    dist.all_gather_into_tensor(gathered.view(torch.uint8), padded.view(torch.uint8))
+    filled = -(-sum(sizes) // most)
+    if all(size == most for size in sizes[: filled - 1]) and sum(sizes[filled:]) == 0:
+        return gathered[: sum(sizes)]  # all full but the last: they lie as they should
+    return torch.cat([part[:size] for part, size in zip(torch.split(gathered, most), sizes, strict=True)])

@@ -1,0 +1,141 @@
+"""Workers on this machine: `qlora train` starts one a GPU, or as many as it is told, and ends all when one dies."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from job.config import RunConfig
+from job.errors import ConfigError
+from job.stop import SIGNALS
+
+LAST_WORDS_S = 10.0
+"""How long the others may go on when one worker has ended with a fault: they mostly have the same one."""
+PARENT_DIED = 1
+"""prctl's PR_SET_PDEATHSIG: the worker is killed when this process is, however that happens."""
+
+Say = Callable[[str], None]
+
+
+def workers(config: RunConfig, gpus: int) -> int:
+    """How many workers parallel.processes means here: all is one a GPU, or one on a CPU.
+
+    Raises:
+        ConfigError: there are fewer GPUs.
+    """
+    wanted = config.parallel.processes
+    if wanted == "all":
+        return max(gpus, 1)
+    if gpus and wanted > gpus:
+        raise ConfigError(
+            "the settings for this machine", [f"parallel.processes: {wanted}, and here are {gpus} GPUs. Use all"]
+        )
+    return wanted
+
+
+def start(words: Sequence[str], count: int, gpus: int, say: Say) -> int:
+    """Run `qlora` with these words in `count` workers to their end; returns the exit code of the first that failed.
+
+    The first worker speaks; what the others say is shown when one of them fails alone.
+    """
+    threads = max(len(os.sched_getaffinity(0)) // count, 1)
+    where = f"{count} GPUs" if gpus else f"this CPU, {threads} thread{'s' if threads > 1 else ''} each"
+    say(f"{count} workers on {where}")
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    with tempfile.TemporaryDirectory(prefix="qlora-workers-") as folder:
+        running: list[subprocess.Popen[bytes]] = []
+        for rank in range(count):
+            numbers = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            env = {"OMP_NUM_THREADS": str(threads), **os.environ, **{name: str(n) for name, n in numbers.items()}}
+            group = running[0].pid if running else 0  # its own, so that a terminal's Ctrl-C comes through here
+            running += [_worker(words, env, group, Path(folder, str(rank)) if rank else None)]
+        first = _Watch(running).until_the_end()
+        if first:
+            say(_last_words(running, first, folder))
+        return 0 if first is None else max(running[first].returncode, 1)  # a signal's is negative
+
+
+def _worker(words: Sequence[str], env: dict[str, str], group: int, quiet: Path | None) -> subprocess.Popen[bytes]:
+    log = open(quiet, "wb") if quiet else None  # noqa: SIM115 - the worker's, from here on
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "job", *words],
+            env=env,
+            stdout=log,
+            stderr=log,
+            process_group=group,
+            preexec_fn=_die_with_parent,
+        )
+    finally:
+        if log:
+            log.close()
+
+
+class _Watch:
+    """Hands signals on to the workers, ends all when one fails."""
+
+    def __init__(self, running: Sequence[subprocess.Popen[bytes]]):
+        self.running = running
+        self.interrupts = 0
+        self.before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+
+    def until_the_end(self) -> int | None:
+        """Wait for all; the number of the worker that failed first, None when none did."""
+        deadline = float("inf")
+        failed: list[int] = []
+        try:
+            while any(worker.poll() is None for worker in self.running):
+                failed = self._failed()
+                if failed and deadline == float("inf"):
+                    deadline = time.monotonic() + LAST_WORDS_S
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+            failed = self._failed()
+        finally:
+            self._end()
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+        # one that was killed took the others with it, whoever of them said so first
+        killed = [rank for rank in failed if self.running[rank].returncode < 0]
+        return next(iter(killed + failed), None)
+
+    def _failed(self) -> list[int]:
+        return [rank for rank, worker in enumerate(self.running) if worker.returncode]
+
+    def _hand_on(self, number: int, frame: object) -> None:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1 and sys.stdin.isatty():
+            raise KeyboardInterrupt
+        for worker in self.running:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    def _end(self) -> None:
+        for worker in self.running:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+
+
+def _last_words(running: Sequence[subprocess.Popen[bytes]], rank: int, folder: str) -> str:
+    code = running[rank].returncode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    text = Path(folder, str(rank)).read_text(errors="replace").strip().splitlines() if rank else []
+    return "\n".join([f"worker {rank} {how}", *(f"[{rank}] {line}" for line in text[-40:])])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)

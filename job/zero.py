@@ -1,0 +1,128 @@
+"""How state is spread over ranks and memories: the strategies, what goes with what, and DeepSpeed's words for it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from job.config import RunConfig
+
+Strategy = Literal["replicate", "zero2", "zero3", "hpz"]
+Place = Literal["none", "cpu", "nvme"]
+
+STAGE = {"replicate": 1, "zero2": 2, "zero3": 3, "hpz": 3}
+"""replicate is stage 1: stage 0 takes a dummy optimizer step in bf16 and keeps no fp32 masters (deepspeed 0.19.8)."""
+BUCKET = 50_000_000
+PREFETCH_BYTES = 200_000_000
+MAX_LIVE_BYTES = 400_000_000
+"""Stored bytes of gathered weights; DeepSpeed's default of 1e9 elements keeps most of a 4-bit 7B base alive. On two
+H200s these cost no speed and 1.5 GiB less than the defaults (bench/RESULTS.md)."""
+PERSISTENCE = 1_000_000
+"""Adapters and norms stay whole on every rank; DeepSpeed's default of 1e5 gathers adapters in every layer."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's view of the strategy; sizes in stored elements (a byte of two weights, or `storage`'s type)."""
+
+    strategy: Strategy
+    ranks_per_node: int
+    offload_optimizer: Place
+    offload_parameters: Place
+    nvme_path: str | None
+    bucket: int
+    prefetch: int
+    persistence: int
+    max_live: int
+    overlap_comm: bool
+    contiguous_gradients: bool
+
+    @property
+    def shards_base(self) -> bool:
+        """Whether a rank holds only its part of the base."""
+        return STAGE[self.strategy] == 3
+
+    def dictionary(self) -> dict[str, Any]:
+        """The parts of DeepSpeed's configuration that spread state."""
+        zero: dict[str, Any] = {
+            "stage": STAGE[self.strategy],
+            "overlap_comm": self.overlap_comm,
+            "contiguous_gradients": self.contiguous_gradients,
+            "reduce_bucket_size": self.bucket,
+            "allgather_bucket_size": self.bucket,
+        }
+        if self.shards_base:
+            zero |= {
+                "stage3_prefetch_bucket_size": self.prefetch,
+                "stage3_param_persistence_threshold": self.persistence,
+                "stage3_max_live_parameters": self.max_live,
+                "stage3_max_reuse_distance": self.max_live,
+            }
+        if self.strategy == "hpz":
+            zero["zero_hpz_partition_size"] = self.ranks_per_node
+        offloads = {"offload_optimizer": self.offload_optimizer, "offload_param": self.offload_parameters}
+        for name, place in offloads.items():
+            if place != "none":
+                zero[name] = {"device": place, "pin_memory": True}
+            if place == "nvme":
+                zero[name]["nvme_path"] = self.nvme_path
+        config: dict[str, Any] = {"zero_optimization": zero}
+        if "nvme" in offloads.values():
+            config["aio"] = {"block_size": 1 << 20, "queue_depth": 8, "intra_op_parallelism": 1}
+        if self.offload_optimizer != "none":
+            # torch's AdamW steps the few adapter parameters on the host; DeepSpeed's own would be compiled first
+            config["zero_force_ds_cpu_optimizer"] = False
+        return config
+
+
+def make_zero(config: RunConfig, strategy: Strategy, ranks_per_node: int, storage_bytes: int) -> Zero:
+    """The settings for a strategy.
+
+    Args:
+        storage_bytes: bytes of a stored element, for the limits that count elements.
+    """
+    return Zero(
+        strategy=strategy,
+        ranks_per_node=ranks_per_node,
+        offload_optimizer=config.parallel.offload_optimizer,
+        offload_parameters=config.parallel.offload_parameters,
+        nvme_path=config.parallel.nvme_path,
+        bucket=BUCKET if config.parallel.bucket is None else config.parallel.bucket,
+        prefetch=PREFETCH_BYTES // storage_bytes if config.parallel.prefetch is None else config.parallel.prefetch,
+        persistence=PERSISTENCE if config.parallel.persistence is None else config.parallel.persistence,
+        max_live=MAX_LIVE_BYTES // storage_bytes if config.parallel.max_live is None else config.parallel.max_live,
+        overlap_comm=config.parallel.overlap_comm,
+        contiguous_gradients=config.parallel.contiguous_gradients,
+    )
+
+
+def zero_faults(config: RunConfig, strategy: Strategy, nodes: int) -> list[str]:
+    """What does not go with this strategy, one `section.key: sentence` each."""
+    faults = []
+    sharded = STAGE[strategy] == 3
+    if strategy == "hpz" and nodes == 1:
+        faults.append("parallel.strategy: hpz replicates between nodes, and here is one. Use zero3")
+    if sharded and config.quantization.type == "int8":
+        faults.append(
+            f"quantization.type: int8 does not train under {strategy}, which would shard its rows without their "
+            "scales. Use nf4, or parallel.strategy: zero2"
+        )
+    if sharded and config.lora.dora:
+        faults.append(
+            f"lora.dora: needs each weight's norm, and {strategy} holds no whole weights. Use false, or "
+            "parallel.strategy: zero2"
+        )
+    if not sharded and config.parallel.offload_parameters != "none":
+        faults.append(f"parallel.offload_parameters: {strategy} holds the base on every GPU. Use zero3")
+    if strategy == "hpz" and config.parallel.offload_parameters == "nvme":
+        faults.append("parallel.offload_parameters: hpz keeps the node's copy in memory. Use cpu or none, or zero3")
+    if not sharded and config.parallel.offload_optimizer == "nvme":
+        faults.append(f"parallel.offload_optimizer: {strategy} cannot use nvme. Use cpu, or parallel.strategy: zero3")
+    if config.parallel.offload_optimizer != "none" and config.train.optimizer != "adamw":
+        faults.append(
+            f"train.optimizer: {config.train.optimizer} works in GPU memory, and parallel.offload_optimizer is "
+            f"{config.parallel.offload_optimizer}. Use adamw, or offload_optimizer: none"
+        )
+    if not sharded:
+        for name in ("prefetch", "persistence", "max_live"):
+            if getattr(config.parallel, name) is not None:
+                faults += [f"parallel.{name}: {strategy} gathers no weights. Leave it out, or use zero3"]
+    return faults

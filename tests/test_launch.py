@@ -1,0 +1,134 @@
+"""However the workers are started, the run is the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, losses, qlora
+from tests.ranks import free_port
+
+RunFile = Callable[..., Path]
+SHARED = {"train": {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 1, "precision": "fp32"}}
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def expected(run_file: RunFile, tmp_path: Path) -> list[float]:
+    """Losses of one process."""
+    done = qlora("train", run_file("alone", **SHARED))
+    assert done.returncode == 0, done.stderr
+    return losses(tmp_path / "out/alone")
+
+
+def launched(*words: str | Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, env=ENV, cwd=REPOSITORY, timeout=timeout_s
+    )
+
+
+def launchers(config: Path) -> dict[str, list[str | Path]]:
+    """The same run through each launcher, with two workers."""
+    bin = Path(sys.executable).parent
+    port = str(free_port())
+    return {
+        "qlora": [sys.executable, "-m", "job", "train", config, "parallel.processes=2"],
+        "torchrun": [bin / "torchrun", "--nproc-per-node=2", f"--master-port={port}", "-m", "job", "train", config],
+        "deepspeed": [bin / "deepspeed", "--num_gpus=2", f"--master_port={port}", "--module", "job", "train", config],
+        "accelerate": [
+            *(bin / "accelerate", "launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"),
+            *("-m", "job", "train", config),
+        ],
+    }
+
+
+@pytest.mark.parametrize("how", ["qlora", "torchrun", "deepspeed", "accelerate"])
+def test_every_launcher_gives_the_losses_of_one_process(
+    run_file: RunFile, tmp_path: Path, expected: list[float], how: str
+) -> None:
+    config = run_file("two", **SHARED, parallel={"strategy": "zero3"})
+    done = launched(*launchers(config)[how])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "out/two") == pytest.approx(expected, rel=1e-5)
+
+
+def test_qlora_says_how_it_starts_its_workers_and_prints_each_line_once(run_file: RunFile) -> None:
+    done = launched(*launchers(run_file("two", **SHARED))["qlora"])
+    assert "2 workers on this CPU, " in done.stderr
+    assert done.stderr.count("step 3/3") == 1
+
+
+def test_wrong_input_is_said_once_and_ends_all_workers_with_2(run_file: RunFile) -> None:
+    config = run_file("two", **SHARED, lora={"targets": ["nowhere"]})
+    done = launched(*launchers(config)["qlora"])
+    assert done.returncode == 2
+    assert done.stderr.count("ConfigError") == 1
+
+
+def workers_of(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def endless(run_file: RunFile, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
+    """Starts a run of two workers that has taken its first step."""
+
+    def start() -> subprocess.Popen[str]:
+        config = run_file("endless", train={**SHARED["train"], "max_steps": 100_000})
+        words = [str(word) for word in launchers(config)["qlora"]]
+        log = open(tmp_path / "log", "w")  # noqa: SIM115 - the process's own
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=ENV, cwd=REPOSITORY, text=True)
+        wait_for(lambda: "step 1/" in (tmp_path / "log").read_text())
+        return process
+
+    return start
+
+
+def test_when_a_worker_dies_the_others_end_too_and_the_run_says_which(
+    endless: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = endless()
+    first, second = workers_of(process.pid)
+    os.kill(second, signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert not alive(first)
+    assert "worker 1 was ended by SIGKILL" in (tmp_path / "log").read_text()
+    assert '"failed"' in (tmp_path / "out/endless/status.json").read_text()
+
+
+def test_a_signal_stops_all_workers_at_the_same_step(
+    endless: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = endless()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert '"interrupted"' in (tmp_path / "out/endless/status.json").read_text()
+    assert (tmp_path / "out/endless/adapter/adapter_model.safetensors").exists()
+
+
+def test_workers_do_not_outlive_who_started_them(endless: Callable[[], subprocess.Popen[str]]) -> None:
+    process = endless()
+    workers = workers_of(process.pid)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, workers)), 20)
