@@ -1,0 +1,224 @@
+"""What headers and config.json say about a model: its sizes, what quantization takes, what stays in 16 bits.
+
+Nothing is loaded. From names and shapes alone, the 2-D weights inside numbered layers are the linears that transformers
+hands to bitsandbytes; embeddings, output layer, norms, biases and weights of any other rank stay as they are.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from job.errors import ModelError
+from job.headers import Tensor
+
+CONV1D = ("gpt2", "openai-gpt")
+"""Model types whose linears are transformers' Conv1D, which stores a weight as [in, out]."""
+IGNORED = ("rotary_emb.inv_freq",)
+"""Tensors of old checkpoints that newer code computes itself."""
+FLOATS = ("BF16", "F16", "F32", "F64")
+HEADS = ("lm_head.weight", "output_layer.weight", "embed_out.weight")
+"""How output layers are called."""
+NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "multi_query_group_num", "num_kv_heads"),
+    "head_size": ("head_dim", "kv_channels"),
+    "intermediate": ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim"),
+    "experts_per_token": ("num_experts_per_tok", "moe_topk", "top_k_experts"),
+}
+"""What config.json calls the sizes, by family; the first that is there counts."""
+
+_LAYER = re.compile(r"^(.*?)(?<![^.])(\d+)\.(.+)$")
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """All linears of one place in the layers: `path` within a layer (numbers of experts become *), features in and
+    out, `count` in the whole model."""
+
+    path: str
+    inputs: int
+    outputs: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Its last name, as in lora.targets."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def parent(self) -> str:
+        """The module that it is in."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def numel(self) -> int:
+        """Elements of one of them."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model in numbers. All counts are elements.
+
+    `quantized` is the sum over `linears`; `kept` everything else, a tied output layer once; `largest` the largest
+    single tensor, `largest_kept` the largest that is not quantized; `layer` and `layer_quantized` belong to the largest
+    decoder layer. `norms` are those over the hidden size in a layer; `rms` when they have no bias. `head_norms` are
+    those over single heads; `softcap` when attention caps its scores. `notes` say what these numbers leave out.
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    vocabulary: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    experts_per_token: int
+    tied: bool
+    linears: tuple[Linear, ...]
+    quantized: int
+    kept: int
+    largest: int
+    largest_kept: int
+    layer: int
+    layer_quantized: int
+    norms: int
+    head_norms: int
+    rms: bool
+    activation: str
+    softcap: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """All elements of the model."""
+        return self.quantized + self.kept
+
+
+def read_shape(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Shape:
+    """The numbers of a model.
+
+    Args:
+        tensors: its tensors by name, from `read_headers`.
+        config: its parsed config.json; a text model may be nested under text_config.
+
+    Raises:
+        ModelError: the checkpoint has no numbered layers, is quantized already, or does not fit its config.json.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+    model_type = str(text.get("model_type", "this model"))
+    there = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
+    stacks = _stacks(there)
+    if not stacks:
+        raise ModelError(f"{model_type}: no numbered layers in the checkpoint, such as model.layers.0. It is not read")
+    main = max(stacks, key=lambda stack: sum(tensor.numel for layer in stacks[stack].values() for tensor in layer))
+    sizes = _sizes(text, model_type)
+    notes = _compare_layers(len(stacks[main]), sizes["layers"], model_type)
+    quantized = {name: tensor for name, tensor in there.items() if _is_linear(name, tensor)}
+    _refuse_quantized(quantized, model_type)
+    tied, twice = _tying(there, text)
+    kept = [tensor for name, tensor in there.items() if name not in quantized and name != twice]
+    linears = _linears(quantized, model_type in CONV1D)
+    if len(stacks) > 1:
+        notes.append(f"{len(stacks)} stacks of layers: sizes are those of the largest, {main.rstrip('.')}")
+    bulky = sum(tensor.numel for name, tensor in there.items() if _LAYER.match(name) and len(tensor.shape) > 2)
+    if bulky:
+        notes.append(f"{bulky:,} elements of the layers are no matrices and stay in 16 bits")
+    layers = stacks[main].values()
+    first = next(iter(layers))
+    norms = [tensor for tensor in first if "norm" in tensor.name or ".ln_" in tensor.name]
+    return Shape(
+        model_type=model_type,
+        **sizes,
+        tied=tied,
+        linears=linears,
+        quantized=sum(linear.numel * linear.count for linear in linears),
+        kept=sum(tensor.numel for tensor in kept),
+        largest=max(tensor.numel for tensor in there.values()),
+        largest_kept=max((tensor.numel for tensor in kept), default=0),
+        layer=max(sum(tensor.numel for tensor in layer) for layer in layers),
+        layer_quantized=max(sum(t.numel for t in layer if t.name in quantized) for layer in layers),
+        norms=sum(tensor.shape == (sizes["hidden"],) and tensor.name.endswith(".weight") for tensor in norms),
+        head_norms=sum(tensor.shape == (sizes["head_size"],) for tensor in norms),
+        rms=not any(tensor.name.endswith(".bias") for tensor in norms),
+        activation=str(text.get("activation_function") or text.get("hidden_act") or "silu"),
+        softcap=bool(text.get("attn_logit_softcapping")),
+        notes=tuple(notes),
+    )
+
+
+def _stacks(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, list[Tensor]]]:
+    """Tensors by what stands before the number of their layer, and by that number."""
+    stacks: dict[str, dict[int, list[Tensor]]] = {}
+    for name, tensor in tensors.items():
+        found = _LAYER.match(name)
+        if found:
+            stacks.setdefault(found[1], {}).setdefault(int(found[2]), []).append(tensor)
+    return stacks
+
+
+def _is_linear(name: str, tensor: Tensor) -> bool:
+    return len(tensor.shape) == 2 and name.endswith(".weight") and _LAYER.match(name) is not None
+
+
+def _sizes(text: Mapping[str, Any], model_type: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for size, names in NAMES.items():
+        value = next((text[name] for name in names if text.get(name)), None)
+        if isinstance(value, int):
+            found[size] = value
+    missing = [size for size in ("hidden", "layers", "vocabulary", "heads") if size not in found]
+    if missing:
+        wanted = ", ".join(NAMES[size][0] for size in missing)
+        raise ModelError(f"{model_type}: config.json has no {wanted}. Expected the config.json of a decoder model")
+    found.setdefault("head_size", found["hidden"] // found["heads"])
+    found.setdefault("kv_heads", 1 if text.get("multi_query") else found["heads"])
+    found.setdefault("intermediate", 4 * found["hidden"])
+    found.setdefault("experts_per_token", 1)
+    return found
+
+
+def _compare_layers(found: int, expected: int, model_type: str) -> list[str]:
+    if found < expected:
+        raise ModelError(
+            f"{model_type}: config.json says {expected} layers, the checkpoint has {found}. Copy the checkpoint again"
+        )
+    return [f"{found} layers in the checkpoint, {expected} in config.json"] if found > expected else []
+
+
+def _refuse_quantized(linears: Mapping[str, Tensor], model_type: str) -> None:
+    odd = next((tensor for tensor in linears.values() if tensor.dtype not in FLOATS), None)
+    if odd:
+        raise ModelError(
+            f"{model_type}: {odd.name} is {odd.dtype}, expected floats. Give the 16-bit checkpoint it was made from"
+        )
+    if not linears:
+        raise ModelError(
+            f"{model_type}: no 2-D weights in the layers of the checkpoint. Packed checkpoints (GPTQ, AWQ) are not "
+            "read: give the 16-bit checkpoint it was made from"
+        )
+
+
+def _tying(tensors: Mapping[str, Tensor], text: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether the output layer is the embedding, and the name of a copy of it that is stored all the same."""
+    head = next((name for name in tensors if name.endswith(HEADS)), None)
+    says = text.get("tie_word_embeddings")
+    tied = head is None or says is True
+    return tied, head if tied else None
+
+
+def _linears(quantized: Mapping[str, Tensor], transposed: bool) -> tuple[Linear, ...]:
+    counts: Counter[tuple[str, int, int]] = Counter()
+    for name, tensor in quantized.items():
+        found = _LAYER.match(name)
+        path = _NUMBER.sub("*", found[3] if found else name).removesuffix(".weight")
+        inputs, outputs = tensor.shape if transposed else tensor.shape[::-1]
+        counts[path, inputs, outputs] += 1
+    return tuple(Linear(path, inputs, outputs, count) for (path, inputs, outputs), count in counts.items())

@@ -1,0 +1,294 @@
+"""Memory before anything is loaded, against what autograd keeps here and what an H200 measured."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from job.activations import kept_bytes
+from job.config import parse_config
+from job.fit import choose, fits
+from job.headers import read_headers
+from job.memory import GIB, Item, Job, Memory, memory
+from job.model import add_adapter, build, place, recompute_activations, shares
+from job.shape import read_shape
+from job.store import Store
+from job.weights import stream
+from tests.conftest import make_llama
+from tests.test_shape import LLAMA, llama_headers, shape_of
+
+LLAMA_7B = read_shape(llama_headers(LLAMA), LLAMA)
+BIG = LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+BIG |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+LLAMA_70B = read_shape(llama_headers(BIG), BIG)
+MEASURED = Job(optimizer="paged_adamw_8bit", bucket=500_000_000, overlap_comm=False)
+"""What the runs in bench/RESULTS.md were; their DeepSpeed had a bucket of its default size."""
+
+TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "length", "recompute", "dropout", "peak_gib"),
+    [
+        (4, 2048, "full", 0.0, 9.0),
+        (4, 2048, "full", 0.05, 9.0),
+        (4, 2048, "none", 0.0, 48.4),
+        (4, 2048, "none", 0.05, 56.4),
+        (1, 512, "none", 0.0, 7.6),
+        (1, 8192, "full", 0.0, 9.0),
+        (1, 8192, "none", 0.0, 48.4),
+    ],
+)
+def test_peaks_are_those_measured_on_an_h200(
+    micro_batch: int, length: int, recompute: Any, dropout: float, peak_gib: float
+) -> None:
+    job = replace(MEASURED, micro_batch=micro_batch, length=length, recompute=recompute, dropout=dropout)
+    assert memory(LLAMA_7B, job).allocated_gib == pytest.approx(peak_gib, rel=0.04)
+
+
+def saved_bytes(folder: Path, job: Job) -> int:
+    """Bytes of all distinct storages that autograd saves in one forward of the layers, besides parameters."""
+    values = {
+        "model": {"name": str(folder)},
+        "data": {"train": "rows.jsonl"},
+        "lora": {"rank": job.rank, "dropout": job.dropout, "dora": job.dora, "targets": job.targets or "all"},
+        "quantization": {"type": job.quantization},
+        "output": {"url": "out"},
+    }
+    run, store, dtype = parse_config(json.dumps(values), []), Store(str(folder)), getattr(torch, TORCH[job.precision])
+    skeleton = build(transformers.AutoConfig.from_pretrained(folder), run, job.precision, job.precision)
+    wanted = shares(skeleton, read_headers(store), "it")
+    place(skeleton, stream(store, wanted, run.quantization, dtype, "cpu"), "cpu")
+    model, places = add_adapter(skeleton, run.lora, 0, "it", dtype)
+    if job.recompute == "full":
+        recompute_activations(model)
+    model.train()
+    positions = torch.arange(job.length).repeat(job.micro_batch, 1)
+    if job.masked:
+        positions = positions % (job.length // 2)
+    places.move(0, np.zeros(positions.shape, np.int64), positions.numpy(), "cpu")
+    ours = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}  # holds them, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in ours:
+            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    base = model.get_base_model()
+    layers = getattr(base, base.base_model_prefix)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layers(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+SHAPES: dict[str, dict[str, int]] = {
+    "grouped": {},
+    "deep, every head its key": {"num_hidden_layers": 5, "num_key_value_heads": 4},
+    "wide": {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 6, "num_key_value_heads": 1},
+}
+JOBS = {
+    "plain": Job(),
+    "dropout": Job(dropout=0.1),
+    "some targets": Job(targets=("q_proj", "v_proj")),
+    "some targets, dropout": Job(targets=("q_proj", "down_proj"), dropout=0.1),
+    "packed": Job(masked=True),
+    "fp32": Job(precision="fp32"),
+    "not quantized": Job(quantization="none"),
+    "DoRA": Job(dora=True),
+    "DoRA, dropout": Job(dora=True, dropout=0.1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("what", JOBS)
+def test_kept_activations_are_those_that_autograd_saves(shape: str, what: str, tmp_path: Path) -> None:
+    make_llama(tmp_path, **SHAPES[shape])
+    job = replace(JOBS[what], rank=8, micro_batch=2, length=128, recompute="none")
+    assert kept_bytes(shape_of(tmp_path), job) == pytest.approx(saved_bytes(tmp_path, job), rel=0.02)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_recompute_full_each_layer_keeps_its_input_alone(shape: str, tmp_path: Path) -> None:
+    make_llama(tmp_path, **SHAPES[shape])
+    job = Job(rank=8, micro_batch=2, length=128, dropout=0.1, recompute="full")
+    made = shape_of(tmp_path)
+    tables = 2 * 2 * made.head_size * job.tokens  # arguments of every layer, which no hook is told of
+    assert kept_bytes(made, job) == saved_bytes(tmp_path, job) + tables
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+GATED = SMALL | {"intermediate_size": 160, "num_key_value_heads": 2, "pad_token_id": 0}
+FAMILIES = {
+    "plain MLP between layer norms": transformers.OPTConfig(**SMALL, ffn_dim=256, word_embed_proj_dim=64, dropout=0.0),
+    "norms of heads": transformers.Qwen3Config(**GATED, head_dim=32),
+    "capped scores": transformers.Gemma2Config(**GATED, head_dim=32),
+    "fused projections": transformers.Phi3Config(**GATED),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_are_counted_too(family: str, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family])
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    job = Job(rank=8, micro_batch=2, length=128, recompute="none")
+    assert kept_bytes(shape_of(tmp_path), job) == pytest.approx(saved_bytes(tmp_path, job), rel=0.05)
+
+
+def test_attention_written_out_keeps_a_score_for_each_pair_of_tokens() -> None:
+    kernel, written_out = (kept_bytes(LLAMA_7B, Job(recompute="none", eager=eager)) for eager in (False, True))
+    assert written_out - kernel == 32 * 32 * 2048**2 * (4 + 2)
+
+
+def gib(memory: Memory, name: str) -> float:
+    """An item of any moment by the start of its name; 0 when there is none."""
+    items = [*memory.held, *memory.host, *(item for moment in memory.moments.values() for item in moment)]
+    return next((item.gib for item in items if item.name.startswith(name)), 0.0)
+
+
+def eight(strategy: Any, **changed: Any) -> Memory:
+    return memory(LLAMA_70B, replace(Job(strategy=strategy, ranks=8, ranks_per_node=4), **changed))
+
+
+def test_zero3_shards_the_base_but_not_its_scales() -> None:
+    whole, sharded = eight("replicate"), eight("zero3")
+    assert gib(whole, "base in 4 bits") * GIB == LLAMA_70B.quantized / 2
+    assert gib(sharded, "base in 4 bits") == gib(whole, "base in 4 bits") / 8
+    assert gib(sharded, "base kept in bf16") == gib(whole, "base kept in bf16") / 8
+    assert gib(sharded, "scales") == gib(whole, "scales") > 0
+
+
+def test_double_quantization_saves_three_eighths_of_a_bit_a_weight() -> None:
+    single, double = eight("replicate", double_quant=False), eight("replicate")
+    assert gib(single, "scales") * GIB * 8 == LLAMA_70B.quantized * 0.5
+    assert gib(double, "scales") * GIB * 8 == pytest.approx(LLAMA_70B.quantized * 0.127, rel=1e-3)
+
+
+def test_hpz_holds_the_base_a_second_time_in_each_node() -> None:
+    sharded, twice = eight("zero3"), eight("hpz")
+    stored = LLAMA_70B.quantized / 2 + 2 * LLAMA_70B.kept
+    assert gib(twice, "base again") * GIB == stored / 4
+    assert twice.total_gib - sharded.total_gib == pytest.approx(gib(twice, "base again"))
+
+
+def test_gathered_weights_are_limited_but_never_less_than_a_layer_or_the_embedding() -> None:
+    layer = LLAMA_70B.layer_quantized / 2 + 2 * (LLAMA_70B.layer - LLAMA_70B.layer_quantized)
+    assert gib(eight("zero3", max_live=10**9), "gathered") * GIB == 10**9
+    assert gib(eight("zero3", max_live=0), "gathered") * GIB == max(layer, 2 * 32000 * 8192)
+    everything = LLAMA_70B.quantized / 2 + 2 * LLAMA_70B.kept
+    assert gib(eight("zero3", max_live=10**12), "gathered") * GIB == everything
+
+
+def test_the_optimizer_is_sharded_under_every_strategy_and_gradients_under_zero2() -> None:
+    alone = memory(LLAMA_70B, Job())
+    trained = gib(alone, "fp32 masters") * GIB / 4
+    assert trained == 80 * 16 * (2 * 8192 * 2 + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+    for strategy in ("replicate", "zero2", "zero3", "hpz"):
+        assert gib(eight(strategy), "fp32 masters") == gib(alone, "fp32 masters") / 8
+        assert gib(eight(strategy), "optimizer moments") * GIB == trained
+    assert gib(eight("replicate"), "gradients") == gib(alone, "gradients")
+    assert gib(eight("zero2"), "gradients") == gib(alone, "gradients") / 8
+
+
+def test_moments_in_8_bits_take_a_quarter_and_pages_are_not_what_torch_counts() -> None:
+    full, small, paged = (memory(LLAMA_7B, Job(optimizer=name)) for name in ("adamw", "adamw_8bit", "paged_adamw_8bit"))
+    assert gib(small, "optimizer moments") == gib(full, "optimizer moments") / 4
+    assert gib(paged, "optimizer moments") == gib(small, "optimizer moments")
+    assert paged.total_gib == small.total_gib
+    assert small.allocated_gib - paged.allocated_gib == pytest.approx(gib(paged, "optimizer moments"))
+
+
+def test_what_is_offloaded_moves_to_the_host() -> None:
+    here, there = eight("zero3"), eight("zero3", offload_parameters="cpu", offload_optimizer="cpu")
+    stored = LLAMA_70B.quantized / 2 + 2 * LLAMA_70B.kept
+    assert gib(there, "base in 4 bits") == gib(there, "fp32 masters") == 0
+    assert gib(there, "base, pinned") * GIB == stored / 8 * 4
+    trained = gib(here, "fp32 masters") * 8 / 4
+    assert gib(there, "optimizer") == pytest.approx(4 * 16 * trained / 8)
+    assert there.host_gib == pytest.approx(here.host_gib + gib(there, "base, pinned") + gib(there, "optimizer"))
+
+
+def test_small_adapters_stay_whole_beside_their_part_under_zero3() -> None:
+    whole, sharded = eight("zero3"), eight("zero3", persistence=0)
+    assert gib(sharded, "adapter weights") == pytest.approx(gib(eight("replicate"), "adapter weights") / 8)
+    assert gib(whole, "adapter weights") == pytest.approx(gib(eight("replicate"), "adapter weights") * 9 / 8)
+
+
+def test_the_peak_is_the_largest_moment_and_the_lines_add_up() -> None:
+    need = memory(LLAMA_7B, Job(micro_batch=4))
+    assert need.peak == "taking the loss"
+    held = sum(item.gib for item in need.held)
+    assert need.total_gib == pytest.approx(held + 12 * 8192 * 32000 / GIB + gib(need, "activations kept"))
+    lines = need.lines()
+    shown = [float(line.split()[0]) for line in lines[: lines.index(next(x for x in lines if "at its peak" in x))]]
+    assert sum(shown) == pytest.approx(need.total_gib, abs=0.05)
+    assert lines[-1] == "    2.15 GiB  host memory of a node: processes 1.90, reading 0.25"
+    assert any("one layer again" in item.name for item in memory(LLAMA_7B, Job(length=64)).items)
+
+
+def test_logits_are_those_of_learnt_positions() -> None:
+    all_of_them, half = (memory(LLAMA_7B, Job(micro_batch=4, learnt_share=share)) for share in (1.0, 0.5))
+    assert gib(half, "logits and gradients") == gib(all_of_them, "logits and gradients") / 2
+
+
+def test_on_a_cpu_there_is_neither_context_nor_second_process() -> None:
+    need = memory(LLAMA_7B, Job(device="cpu"))
+    assert gib(need, "CUDA context") == gib(need, "cuBLAS") == 0
+    assert gib(need, "process") == 1.9
+    assert need.host_gib == 0.25
+
+
+def test_experts_are_named_in_the_notes() -> None:
+    experts = replace(LLAMA_7B, experts_per_token=2)
+    note = "activations are those of 2 experts a token, evenly spread"
+    assert memory(experts, Job()).lines()[-1] == f"note: {note}"
+
+
+def test_six_hundredths_of_a_device_stay_free() -> None:
+    need = Memory((Item("all", 94.0),), {"always": ()}, ())
+    assert fits(need, 100.01)
+    assert not fits(need, 99.99)
+
+
+def test_replicate_is_chosen_when_it_fits_and_zero3_when_only_that_does() -> None:
+    small = choose(LLAMA_7B, Job(ranks=8, ranks_per_node=8), 139.8)
+    assert (small.strategy, small.reason) == ("replicate", "replicate: 5.8 GiB of 139.8 GiB a GPU")
+    large = choose(LLAMA_70B, Job(ranks=8, ranks_per_node=8, length=1024), 24)
+    assert (large.strategy, large.reason) == ("zero3", "zero3: 9.4 GiB of 24.0 GiB a GPU (replicate takes 38.0)")
+    assert large.memory == memory(LLAMA_70B, Job(strategy="zero3", ranks=8, ranks_per_node=8, length=1024))
+
+
+def test_what_does_not_go_with_zero3_is_not_sent_there() -> None:
+    job = Job(ranks=8, ranks_per_node=8, length=1024)
+    for changed in (replace(job, quantization="int8"), replace(job, dora=True)):
+        assert choose(LLAMA_70B, changed, 24).strategy is None
+    assert choose(LLAMA_7B, replace(job, offload_parameters="cpu"), 139.8).strategy == "zero3"
+
+
+def test_what_fits_nowhere_is_told_what_is_missing_and_what_helps_in_order() -> None:
+    job = Job(recompute="none", micro_batch=4)
+    assert choose(LLAMA_7B, job, 24).reason == (
+        "nothing fits: replicate takes 49.4 GiB of 24.0 GiB a GPU, of which 6% stay free: 26.8 GiB are missing. "
+        "Set train.recompute: full (9.9 GiB)"
+    )
+    refused = choose(LLAMA_70B, replace(job, recompute="full", micro_batch=1), 16)
+    assert refused.strategy is None
+    assert refused.reason == (
+        "nothing fits: replicate takes 41.9 GiB of 16.0 GiB a GPU, of which 6% stay free: 26.8 GiB are missing. "
+        "Set data.max_length: 1024 (40.1 GiB), then 2 GPUs under zero3 (22.9 GiB), then "
+        "parallel.offload_parameters: cpu (6.4 GiB)"
+    )
+    hopeless = choose(LLAMA_70B, replace(job, recompute="full", micro_batch=1), 4).reason
+    assert hopeless.endswith("parallel.offload_parameters: cpu (6.4 GiB) is not enough: take GPUs with more memory")
+    tiny = choose(LLAMA_70B, Job(quantization="int8", length=512), 24).reason
+    assert tiny.endswith("are missing. Take GPUs with more memory")
+
+
+def test_a_shape_without_linears_of_a_target_has_no_adapter() -> None:
+    need = memory(LLAMA_7B, Job(targets=("query_key_value",)))
+    assert gib(need, "fp32 masters") == 0
