@@ -58,14 +58,19 @@ def make_rows(path: Path, length: int, count: int) -> Path:
     return path
 
 
-def measure(model: Path, work: Path, length: int, micro: int, *overrides: str) -> dict[str, float]:
+def measure(model: Path, work: Path, length: int, micro: int, *overrides: str, ranks: int = 1) -> dict[str, float]:
     """One run in a process of its own, as users start it; its figures."""
-    rows = make_rows(work / f"rows-{length}.jsonl", length, micro * STEPS)
+    rows = make_rows(work / f"rows-{length}.jsonl", length, micro * ranks * STEPS)
     output = Path(tempfile.mkdtemp(dir=work)) / "out"
     values = {
         "model": {"name": str(model)},
         "data": {"train": str(rows), "max_length": length},
-        "train": {"max_steps": STEPS, "global_batch_size": micro, "micro_batch_size": micro, "learning_rate": 1e-4},
+        "train": {
+            "max_steps": STEPS,
+            "global_batch_size": micro * ranks,
+            "micro_batch_size": micro,
+            "learning_rate": 1e-4,
+        },
         "tracking": {"sinks": ["jsonl"]},
         "output": {"url": str(output)},
     }

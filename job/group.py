@@ -78,8 +78,9 @@ def first_of_each_node(world: World, act: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # every rank had its turn
 
 
-def agreed(world: World, word: str | None, words: Sequence[str]) -> str | None:
-    """The last of `words` that any rank brings, on every rank; None when none brings one."""
+def agreed(world: World, say: Callable[[], str | None], words: Sequence[str]) -> str | None:
+    """The last of `words` that any rank says, on every rank; None when none says one."""
+    word = say()
     if world.world_size == 1:
         return word
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -5,10 +5,19 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from job.store import Store
 
@@ -79,6 +88,44 @@ class ConsoleSink:
             return ""
         seconds = round((time.monotonic() - self.begun) / done * (self.steps - step))
         return f"  {seconds // 60}:{seconds % 60:02d} left"
+
+
+class LoadingBar:
+    """How much of the base has been read: a bar on a terminal, elsewhere a line each tenth of a large one.
+
+    Args:
+        total: bytes that will be read.
+        shown: false on the ranks that do not speak.
+    """
+
+    LARGE = 1 << 30
+
+    def __init__(self, total: int, shown: bool, console: Console | None = None):
+        self.console = console or Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
+        self.total, self.shown, self.done, self.begun = total, shown, 0, time.monotonic()
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.shown and self.console.is_interactive:
+            columns = ("reading the base", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("", total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def __call__(self, count: int) -> None:
+        """So many more bytes have come."""
+        before, self.done = self.done, self.done + count
+        if self.bar:
+            self.bar.update(self.task, completed=self.done)
+        elif self.shown and self.total >= self.LARGE and before * 10 // self.total < self.done * 10 // self.total:
+            speed = self.done / 1e6 / max(time.monotonic() - self.begun, 1e-3)
+            said = f"read {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {speed:,.0f} MB/s"
+            self.console.print(said, highlight=False, soft_wrap=True)
 
 
 class JsonlSink:

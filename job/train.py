@@ -1,36 +1,33 @@
 """The page: one run from its settings to its adapter."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from job import adapter, loop
 from job.config import RunConfig
 from job.data import Dataset, load_dataset
 from job.engine import Engine
-from job.errors import Interrupted, JobError, ModelError
-from job.group import agreed, connect, first_of_each_node, lost_peer, on_first_rank
-from job.hardware import out_of_memory, this_hardware
+from job.errors import ModelError
+from job.group import agreed, connect, first_of_each_node, on_first_rank
+from job.hardware import this_hardware
 from job.headers import read_headers
+from job.loading import fill
 from job.model import (
     DTYPE,
     add_adapter,
     build,
     lora_targets,
-    place,
     recompute_activations,
     refuse_leaking_packs,
     shares,
 )
 from job.plan import STORAGE_BYTES, make_plan
 from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config
-from job.run_folder import STATUS, RunFolder
-from job.sharding import Receipts, own_shares, partitioner, scales_of_all, whole
-from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
+from job.record import metric_sinks, recorded
+from job.run_folder import RunFolder
 from job.stop import NAMES, StopRequest
-from job.store import reason
 from job.tokenizer import Tokenizer
-from job.weights import stream
 from job.world import World
 
 Say = Callable[[str], None]
@@ -80,15 +77,9 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     for line in (*plan.notes, *data.report(), f"{plan.steps} steps in {plan.precision} on {hardware.name}"):
         say(line)
 
-    with _recorded(run, world) as record, StopRequest() as stop:
-        dtype, device = DTYPE[plan.precision], hardware.device
-        receipts, exchange = Receipts(world), scales_of_all(world)
-        pieces = stream(checkpoint, own_shares(wanted, world), config.quantization, dtype, device, exchange)
-        pieces = receipts.keep(pieces)
-        if plan.zero.shards_base:
-            place(skeleton, pieces, device, hold=partitioner(plan, world))
-        else:
-            place(skeleton, whole(pieces, world), device)
+    with recorded(run, world) as record, StopRequest() as stop:
+        receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
+        dtype = DTYPE[plan.precision]
         model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)
         if config.train.recompute == "full":
             recompute_activations(model)
@@ -96,10 +87,9 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         receipts.prove(engine.base())
         if config.data.packing:
             refuse_leaking_packs(engine.logits, type(skeleton).__name__)
-        with _sinks(config, run, world, plan.steps) as on_row:
-            loop.run(
-                engine, data, plan, config, world, on_row, lambda: agreed(world, stop.asked, NAMES), record.progress
-            )
+        with metric_sinks(config, run, world, plan.steps) as on_row:
+            asked = partial(agreed, world, lambda: stop.asked, NAMES)
+            loop.run(engine, data, plan, config, world, on_row, asked, record.progress)
         if world.speaks:
             target = run.store.child("adapter")
             trained = record.progress.step > 0
@@ -126,88 +116,3 @@ def _fits(data: Dataset, architecture: object, name: str) -> None:
         raise ModelError(
             f"{name}: a row has {longest} tokens, the model has {positions} positions. Lower data.max_length"
         )
-
-
-class _Record:
-    """Keeps status.json true whatever happens."""
-
-    def __init__(self, run: RunFolder, world: World):
-        self.run, self.world = run, world
-        self.progress = loop.Progress()
-
-    def finish(self) -> None:
-        """Finished, or interrupted when that was asked for."""
-        why = self.progress.interrupted
-        if why:
-            self.write("interrupted", why)
-            which = "The adapter of this step" if self.progress.kept_eval is None else "The best adapter so far"
-            raise Interrupted(
-                f"{why} after step {self.progress.step}. {which} is in {self.run.store.url}/adapter; "
-                "this version cannot continue the run, start it with another output.url"
-            )
-        self.write("finished", self.progress.stopped or "")
-
-    def write(self, state: str, why: str) -> None:
-        if self.world.speaks:
-            self.run.write_status(state, why, self.progress.step)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _recorded(run: RunFolder, world: World) -> Iterator[_Record]:
-    record = _Record(run, world)
-    if world.speaks:
-        run.begin()
-    try:
-        yield record
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        record.write("interrupted", "a second Ctrl-C")
-        raise
-    except BaseException as fault:
-        known = _in_words(fault, record.progress.step)
-        try:
-            record.write("failed", str(known or f"{type(fault).__name__}: {fault}"))
-        except Exception as second:  # such as the full disk that was the fault
-            fault.add_note(f"{STATUS} could not be written either: {reason(second)}")
-        if known is None or known is fault:
-            raise
-        raise known from fault
-
-
-def _in_words(fault: BaseException, step: int) -> JobError | None:
-    """The faults that a user can cure, in a sentence; None for those that are ours."""
-    if isinstance(fault, JobError):
-        return fault
-    if out_of_memory(fault):
-        return JobError(
-            f"the GPU's memory ran out after step {step} ({str(fault).splitlines()[0][:160]}). Lower "
-            "train.micro_batch_size or data.max_length, set train.recompute: full, or parallel.strategy: zero3"
-        )
-    if isinstance(fault, OSError):
-        return JobError(f"storage failed after step {step}: {reason(fault)}. Check space, network and keys")
-    if lost_peer(fault):
-        return JobError(f"another rank ended after step {step}; what it said tells why")
-    return None
-
-
-@contextmanager
-def _sinks(config: RunConfig, run: RunFolder, world: World, steps: int) -> Iterator[loop.OnRow]:
-    """The sinks of the rank that speaks, as one function."""
-    sinks: list[Sink] = []
-    if world.speaks and "console" in config.tracking.sinks:
-        sinks.append(ConsoleSink(config.tracking.every_steps))
-    if world.speaks and "jsonl" in config.tracking.sinks:
-        sinks.append(JsonlSink(run.store))
-    for sink in sinks:
-        sink.start(config.run_name, steps)
-
-    def on_row(row: Metrics) -> None:
-        for sink in sinks:
-            sink.row(row)
-
-    try:
-        yield on_row
-    finally:
-        for sink in sinks:
-            sink.close()

@@ -5,6 +5,7 @@ bitsandbytes' quantization of the whole tensor. Nothing here knows modules or De
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -13,8 +14,10 @@ import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 
+from job.cache import Cache
 from job.config.learning import Quantization
 from job.headers import Tensor
+from job.reading import Range, read_ahead
 from job.store import Store
 
 BLOCK = 64
@@ -23,8 +26,8 @@ _ODD = -7046029254386353131
 """0x9E3779B97F4A7C15 as int64: 2^64 over the golden ratio, which spreads neighbouring places."""
 NESTED_BLOCK = 256
 """Scales that share one scale of their own under double quantization."""
-CHUNK = 1 << 25
-"""Elements read at once: 64 MiB of bf16. Whole blocks, so chunking never changes a scale."""
+CHUNK = 1 << 24
+"""Elements read at once: 32 MiB of bf16. Whole blocks, so chunking never changes a scale."""
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -42,6 +45,11 @@ class Share:
     stop: int
     quantize: bool
     unit: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the checkpoint."""
+        return (self.stop - self.start) * self.tensor.item_size
 
     @property
     def scales(self) -> int:
@@ -83,8 +91,10 @@ def stream(
     dtype: torch.dtype,
     device: str,
     exchange: Exchange = lambda absmax, share: absmax,
+    progress: Callable[[int], None] | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[Piece]:
-    """Read and quantize the shares one after the other; at most one share and one chunk are in memory.
+    """Read and quantize the shares one after the other; in memory are at most one share and what is read ahead.
 
     Args:
         store: the checkpoint folder.
@@ -93,16 +103,23 @@ def stream(
         dtype: type of everything else, and what weights are rounded to before quantization (as transformers does).
         device: where pieces are made.
         exchange: how ranks share their scales.
+        progress, cache: see `read_ahead`.
     """
-    for share in shares:
-        if not share.quantize or quantization.type == "none":
-            yield Piece(share, _plain(store, share, dtype, device))
-        elif quantization.type == "int8":
-            values = _plain(store, share, torch.float16, device).view(-1, share.tensor.shape[-1])
-            data, row_scale, _ = bnb.int8_vectorwise_quant(values)
-            yield Piece(share, data, row_scale=row_scale)
-        else:
-            yield _four_bits(store, share, quantization, dtype, device, exchange)
+    shares = list(shares)
+    in_blocks = [share.quantize and quantization.type in ("nf4", "fp4") for share in shares]
+    chunks = [_chunks(share, blocks) for share, blocks in zip(shares, in_blocks, strict=True)]
+    ranges = [_bytes(share.tensor, *chunk) for share, own in zip(shares, chunks, strict=True) for chunk in own]
+    with closing(read_ahead(store, ranges, progress=progress, cache=cache)) as contents:
+        for share, own, blocks in zip(shares, chunks, in_blocks, strict=True):
+            values = (_values(next(contents), share.tensor.dtype) for _ in own)
+            if blocks:
+                yield _four_bits(values, share, quantization, dtype, device, exchange)
+            elif share.quantize and quantization.type == "int8":
+                rows = _plain(values, share, torch.float16, device).view(-1, share.tensor.shape[-1])
+                data, row_scale, _ = bnb.int8_vectorwise_quant(rows)
+                yield Piece(share, data, row_scale=row_scale)
+            else:
+                yield Piece(share, _plain(values, share, dtype, device))
 
 
 def dequantized(pieces: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
@@ -116,25 +133,27 @@ def dequantized(pieces: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
             yield piece
 
 
-def _plain(store: Store, share: Share, dtype: torch.dtype, device: str) -> torch.Tensor:
-    flat = torch.empty(share.stop - share.start, dtype=dtype, device=device)
-    for start, stop in _chunks(share.start, share.stop):
-        flat[start - share.start : stop - share.start] = _read(store, share.tensor, start, stop).to(device, dtype)
+def _plain(values: Iterable[torch.Tensor], share: Share, dtype: torch.dtype, device: str) -> torch.Tensor:
+    flat, filled = torch.empty(share.stop - share.start, dtype=dtype, device=device), 0
+    for part in values:
+        flat[filled : filled + part.numel()] = part.to(device, dtype)
+        filled += part.numel()
     return flat.view(share.tensor.shape) if flat.numel() == share.tensor.numel else flat
 
 
 def _four_bits(
-    store: Store, share: Share, quantization: Quantization, dtype: torch.dtype, device: str, exchange: Exchange
+    values: Iterable[torch.Tensor],
+    share: Share,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: str,
+    exchange: Exchange,
 ) -> Piece:
     kind: Literal["nf4", "fp4"] = "nf4" if quantization.type == "nf4" else "fp4"
-    tensor, numel = share.tensor, share.tensor.numel
-    # a block has one scale: read the ones we share with neighbours whole
     wide_start = share.start - share.start % BLOCK
-    wide_stop = min(share.stop + -share.stop % BLOCK, numel)
     packed, scales = [torch.empty(0, dtype=torch.uint8, device=device)], [torch.empty(0, device=device)]
-    for start, stop in _chunks(wide_start, wide_stop) if share.start < share.stop else ():
-        values = _read(store, tensor, start, stop).to(device, dtype)
-        codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, kind, torch.uint8)
+    for part in values:
+        codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(part.to(device, dtype), BLOCK, kind, torch.uint8)
         packed.append(codes.view(-1))
         scales.append(absmax)
     bytes_wide, scales_wide = torch.cat(packed), torch.cat(scales)
@@ -142,7 +161,7 @@ def _four_bits(
     data = bytes_wide[skip : skip + (share.stop - share.start + 1) // 2].clone()
     skip = -(-share.start // BLOCK) - wide_start // BLOCK
     absmax = exchange(scales_wide[skip : skip + share.scales], share)
-    return Piece(share, data.view(-1, 1), _state(absmax, tensor, kind, dtype, quantization.double_quant))
+    return Piece(share, data.view(-1, 1), _state(absmax, share.tensor, kind, dtype, quantization.double_quant))
 
 
 def fingerprint(data: torch.Tensor) -> torch.Tensor:
@@ -174,14 +193,19 @@ def _state(absmax: torch.Tensor, tensor: Tensor, kind: str, dtype: torch.dtype, 
     return bnb.QuantState(absmax=nested, offset=offset, state2=state2, **about)
 
 
-def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, CHUNK):
-        yield first, min(first + CHUNK, stop)
+def _chunks(share: Share, in_blocks: bool) -> list[tuple[int, int]]:
+    """The share in stretches of elements that are read at once. A block of weights has one scale: those that a share
+    has in common with its neighbours are read whole."""
+    start, stop = share.start, share.stop
+    if in_blocks and start < stop:
+        start, stop = start - start % BLOCK, min(stop + -stop % BLOCK, share.tensor.numel)
+    return [(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
 
 
-def _read(store: Store, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of the flattened tensor, in the checkpoint's type, by one ranged read."""
-    raw = store.read(tensor.file, tensor.start + start * tensor.item_size, tensor.start + stop * tensor.item_size)
-    if len(raw) != (stop - start) * tensor.item_size:
-        raise OSError(f"{store.url}/{tensor.file} ends within {tensor.name}: the file is cut off. Copy it again")
-    return torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPE[tensor.dtype])
+def _bytes(tensor: Tensor, start: int, stop: int) -> Range:
+    """Where elements [start, stop) of the flattened tensor lie."""
+    return Range(tensor.file, tensor.start + start * tensor.item_size, tensor.start + stop * tensor.item_size)
+
+
+def _values(content: memoryview, dtype: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=TORCH_DTYPE[dtype])

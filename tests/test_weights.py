@@ -7,13 +7,14 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from job import weights
 from job.config.learning import Quantization
+from job.errors import ModelError
 from job.headers import read_headers
 from job.store import Store
-from job.weights import Share, dequantized, stream
+from job.weights import BLOCK, Share, dequantized, fingerprint, split, stream
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,6 +36,10 @@ def checkpoint(folder: Path, values: torch.Tensor) -> tuple[CountingStore, Any]:
     tensor = read_headers(store)["w"]
     store.asked = 0
     return store, tensor
+
+
+def whole_tensor(store: Store) -> torch.Tensor:
+    return load_file(f"{store.url}/model.safetensors")["w"]
 
 
 def assert_same_state(found: Any, expected: Any) -> None:
@@ -62,7 +67,7 @@ def test_pieces_are_bit_equal_to_bitsandbytes(
     monkeypatch.setattr(weights, "CHUNK", 1024)  # many chunks
     torch.manual_seed(0)
     store, tensor = checkpoint(tmp_path, torch.randn(96, 80).to(FLOATS[source]))
-    full = weights._read(store, tensor, 0, tensor.numel).to(torch.bfloat16).view(96, 80)
+    full = whole_tensor(store).to(torch.bfloat16).view(96, 80)
     packed, state = bnb.quantize_4bit(full, compress_statistics=double, quant_type=kind)
     how = Quantization(type=kind, double_quant=double)
     (piece,) = stream(store, [Share("w", tensor, 0, tensor.numel, True)], how, torch.bfloat16, "cpu")
@@ -72,36 +77,48 @@ def test_pieces_are_bit_equal_to_bitsandbytes(
     assert torch.equal(plain.data, bnb.dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 def test_shares_of_any_number_of_ranks_join_to_the_whole_and_read_at_most_a_block_more(
     tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
     rows, columns, ranks = rng.randint(1, 40), 2 * rng.randint(1, 90), rng.randint(1, 7)
-    source = rng.choice(list(FLOATS))
+    source, kind = rng.choice(list(FLOATS)), rng.choice(["nf4", "fp4"])
     torch.manual_seed(seed)
     store, tensor = checkpoint(tmp_path, torch.randn(rows, columns).to(FLOATS[source]))
-    packed, state = bnb.quantize_4bit(
-        weights._read(store, tensor, 0, tensor.numel).float().view(rows, columns), quant_type="nf4"
-    )
-    cuts = sorted(2 * rng.randint(0, tensor.numel // 2) for _ in range(ranks - 1))
+    packed, state = bnb.quantize_4bit(whole_tensor(store).float().view(rows, columns), quant_type=kind)
     data, scales = [], []
-    for start, stop in zip([0, *cuts], [*cuts, tensor.numel], strict=True):
-        if start == stop:
-            continue
+    for share in split(Share("w", tensor, 0, tensor.numel, True, unit=2 * rng.choice([1, 2, 4])), ranks):
         store.asked = 0
-        how = Quantization(double_quant=False)
-        (piece,) = stream(store, [Share("w", tensor, start, stop, True)], how, torch.float32, "cpu")
-        assert store.asked <= (stop - start + 2 * 63) * tensor.item_size
+        how = Quantization(type=kind, double_quant=False)
+        (piece,) = stream(store, [share], how, torch.float32, "cpu")
+        first, last = share.start // BLOCK * BLOCK, min(-(-share.stop // BLOCK) * BLOCK, tensor.numel)
+        assert store.asked == (last - first) * tensor.item_size * (share.start < share.stop)
         data.append(piece.data)
         scales.append(piece.state.absmax)  # type: ignore[union-attr]
+        assert scales[-1].numel() == share.scales
     assert torch.equal(torch.cat(data), packed)
     assert torch.equal(torch.cat(scales), state.absmax)
 
 
+def test_a_fingerprint_changes_with_any_byte_and_with_its_place() -> None:
+    torch.manual_seed(0)
+    data = torch.randint(0, 256, (40_003,), dtype=torch.uint8)
+    marks = {int(fingerprint(data))}
+    for place in (0, 1, 7, 8, 20_000, 40_002):
+        changed = data.clone()
+        changed[place] ^= 1
+        marks.add(int(fingerprint(changed)))
+    swapped = data.clone()
+    swapped[:8], swapped[8:16] = data[8:16], data[:8]
+    marks |= {int(fingerprint(swapped)), int(fingerprint(data[:-1]))}
+    assert len(marks) == 9
+    assert int(fingerprint(data[3:])) == int(fingerprint(data[3:].clone())), "wherever the bytes lie in memory"
+
+
 def test_scales_are_nested_over_what_all_ranks_exchanged(tmp_path: Path) -> None:
     store, tensor = checkpoint(tmp_path, torch.randn(64, 64))
-    whole = weights._read(store, tensor, 0, tensor.numel).view(64, 64)
+    whole = whole_tensor(store).view(64, 64)
     state = bnb.quantize_4bit(whole, compress_statistics=True, quant_type="nf4")[1]
     all_scales = bnb.quantize_4bit(whole, quant_type="nf4")[1].absmax
     first_half = Share("w", tensor, 0, tensor.numel // 2, True)
@@ -111,7 +128,7 @@ def test_scales_are_nested_over_what_all_ranks_exchanged(tmp_path: Path) -> None
 
 def test_int8_rows_are_bit_equal_to_bitsandbytes(tmp_path: Path) -> None:
     store, tensor = checkpoint(tmp_path, torch.randn(48, 64))
-    expected, scale, _ = bnb.int8_vectorwise_quant(weights._read(store, tensor, 0, tensor.numel).half().view(48, 64))
+    expected, scale, _ = bnb.int8_vectorwise_quant(whole_tensor(store).half().view(48, 64))
     whole = Share("w", tensor, 0, tensor.numel, True)
     (piece,) = stream(store, [whole], Quantization(type="int8"), torch.float32, "cpu")
     assert torch.equal(piece.data, expected)
@@ -129,5 +146,5 @@ def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     store, tensor = checkpoint(tmp_path, torch.randn(64, 64))
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(OSError, match=r"model.safetensors ends within w: the file is cut off"):
+    with pytest.raises(ModelError, match=r"model.safetensors ends within bytes 72 to 16,456: the file is cut off"):
         list(stream(store, [Share("w", tensor, 0, tensor.numel, True)], Quantization(), torch.float32, "cpu"))

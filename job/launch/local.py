@@ -64,7 +64,7 @@ def start(words: Sequence[str], count: int, gpus: int, say: Say) -> int:
 def _worker(words: Sequence[str], env: dict[str, str], group: int, quiet: Path | None) -> subprocess.Popen[bytes]:
     log = open(quiet, "wb") if quiet else None  # noqa: SIM115 - the worker's, from here on
     try:
-        return subprocess.Popen(
+        return subprocess.Popen(  # noqa: S603 - our own command with the words that came
             [sys.executable, "-m", "job", *words],
             env=env,
             stdout=log,
