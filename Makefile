@@ -1,11 +1,12 @@
-# make demo: fine-tune a real model here, now.   make test: all tests.   make check: the whole gate.
+# make demo: fine-tune a real model here, now.   make test: all tests of one machine.   make check: lint and tests.
+# make test-cluster: runs over several hosts, as root.   .ci/run: the whole gate.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c requirements.lock
 MODEL := models/SmolLM2-135M-Instruct
 DEMO := configs/smollm2-135m-demo.yaml
 
-.PHONY: demo test check format install lock clean
+.PHONY: demo test test-cluster check format install lock clean
 
 demo: $(VENV)/.demo $(MODEL)
 	$(VENV)/bin/qlora train $(DEMO)
@@ -20,6 +21,10 @@ check: $(VENV)/.dev $(MODEL)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m pytest
+
+# each test here has both cores busy: one after the other
+test-cluster: $(VENV)/.dev
+	QLORA_TEST_CLUSTER=1 $(VENV)/bin/python -m pytest -n0 tests/cluster
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format
