@@ -85,6 +85,33 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
 
 
 @app.command()
+def plan(
+    config: Config,
+    settings: Settings = None,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Print the DeepSpeed configuration alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs a node; this machine's when left out.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of so many GPUs.")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="Memory of a GPU, GiB.")] = None,
+) -> None:
+    """Say what a run will do and need, without a GPU: steps, batches, strategy, memory by item.
+
+    Example: qlora plan runs.yaml --nodes 2 --gpus 4 --gpu-memory 80
+    """
+    run = _load(config, settings)
+    from job.outlook import as_text, look_ahead, planned_for
+
+    outlook = look_ahead(run, *planned_for(run, nodes, gpus, gpu_memory))
+    if deepspeed:
+        typer.echo(as_text(outlook.plan.deepspeed()))
+    elif as_json:
+        typer.echo(as_text(outlook.as_json()))
+    else:
+        for line in outlook.lines():
+            typer.echo(line)
+
+
+@app.command()
 def data(
     config: Config,
     settings: Settings = None,
@@ -97,8 +124,9 @@ def data(
     run = _load(config, settings)
     from rich.console import Console
 
-    from job.data import make_encoder, read_split
+    from job.data.load import make_encoder
     from job.data.show import show
+    from job.data.split import read_split
     from job.model import quiet_libraries
     from job.pretrained import fetch
     from job.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from job.config.learning import Train
-from job.data import IGNORED, GlobalBatch, MicroBatch
+from job.data.batches import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
 from job.plan import Plan
 from job.sharding import gathered

@@ -39,7 +39,7 @@ def choose(shape: Shape, job: Job, device_gib: float) -> Choice:
     needs = {strategy: memory(shape, replace(job, strategy=strategy)) for strategy in candidates}
     for strategy, need in needs.items():
         if fits(need, device_gib):
-            reason = f"{strategy}: {need.total_gib:.1f} GiB of {device_gib:.1f} GiB a GPU"
+            reason = f"{need.total_gib:.1f} GiB of {device_gib:.1f} GiB a GPU"
             if "replicate" in needs and strategy != "replicate":
                 reason += f" (replicate takes {needs['replicate'].total_gib:.1f})"
             return Choice(strategy, reason, need)

@@ -10,7 +10,10 @@ from job import adapter
 from job.chat import chat_format, encode, prompt_ids, stop_ids
 from job.config import RunConfig, changes
 from job.config.learning import Generation, Quantization
-from job.data import Encoder, Row, make_encoder, read_split
+from job.data.encode import Encoder
+from job.data.load import make_encoder
+from job.data.rows import Row
+from job.data.split import read_split
 from job.errors import InputError
 from job.formats import Segment
 from job.hardware import this_hardware
@@ -60,7 +63,7 @@ class Responder:
         self.rows: Sequence[Row] = held_out or train
         self.encoder: Encoder = make_encoder(config, self.tokenizer, train[0])
         base = build(architecture, config, plan.precision, plan.compute_dtype)
-        checkpoint = fetch_weights(config.model, checkpoint)
+        checkpoint = fetch_weights(config.model, checkpoint, config.storage)
         wanted = shares(base, read_headers(checkpoint), config.model.name)
         dtype = DTYPE[plan.precision]
         pieces = stream(checkpoint, wanted, config.quantization, dtype, self.device)

@@ -1,5 +1,6 @@
 """From a checkpoint to a filled module: each rank reads its share, and the strategy decides what becomes of it."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def fill(
         ModelError: a file is missing or cut off.
         JobError: the storage failed.
     """
-    mine, receipts = own_shares(wanted, world), Receipts(world)
+    begun, mine, receipts = time.monotonic(), own_shares(wanted, world), Receipts(world)
     with LoadingBar(sum(share.nbytes for share in mine), world.speaks) as bar:
         pieces = receipts.keep(
             stream(
@@ -53,7 +54,10 @@ def fill(
             )
         )
         if plan.zero.shards_base:
-            place(skeleton, pieces, plan.device, hold=partitioner(plan, world))
+            place(skeleton, pieces, plan.device, hold=partitioner(plan, world, wanted))
         else:
             place(skeleton, whole(pieces, world), plan.device)
+    read, total = (sum(share.nbytes for share in shares) / 1e9 for shares in (mine, wanted))
+    seconds = time.monotonic() - begun
+    say(f"base: {read:.2f} of {total:.2f} GB read by each rank, quantized and placed in {seconds:.1f} s")
     return receipts

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from job.config import RunConfig
-from job.data import Dataset, MicroBatch
+from job.data.batches import MicroBatch
+from job.data.load import Dataset
 from job.engine import Engine, Step
 from job.errors import JobError
 from job.hardware import peak_memory_gib

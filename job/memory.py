@@ -5,13 +5,14 @@ in the optimizer's step, in an evaluation. The peak is what is held plus the lar
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.activations import Job, kept_bytes, layer_bytes, working_bytes
 from job.shape import Linear, Shape
 from job.zero import STAGE
 
-__all__ = ["GIB", "Item", "Job", "Memory", "memory"]
+__all__ = ["GIB", "Item", "Job", "Memory", "memory", "trained_elements"]
 
 GIB = 2**30
 CONTEXT_GIB = 0.6
@@ -79,7 +80,7 @@ class Memory:
     def lines(self) -> list[str]:
         """For printing: the items at the peak, their sum, other moments, the host and what is not known."""
         rows = [f"{item.gib:8.2f} GiB  {item.name}" for item in self.items if item.gib >= 0.005]
-        rows.append(f"{self.total_gib:8.2f} GiB  a GPU at its peak, {self.peak}")
+        rows.append(f"{self.total_gib:8.2f} GiB  a rank at its peak, {self.peak}")
         base = _sum(self.held)
         others = [f"{base + _sum(items):.2f} {name}" for name, items in self.moments.items() if name != self.peak]
         rows.append(f"              at other moments: {', '.join(others)}")
@@ -172,6 +173,12 @@ def _scale_bytes(shape: Shape, job: Job) -> float:
     if job.quantization == "int8":  # one fp32 a row
         return 4.0 * sum(linear.outputs * linear.count for linear in shape.linears)
     return shape.quantized * (NESTED_BITS if job.double_quant else BLOCK_BITS) / 8
+
+
+def trained_elements(shape: Shape, rank: int, targets: str | Sequence[str], dora: bool) -> int:
+    """Elements of an adapter; targets that are a text are all linears."""
+    names = None if isinstance(targets, str) else tuple(targets)
+    return sum(_adapter(shape, Job(rank=rank, targets=names, dora=dora)))
 
 
 def _adapter(shape: Shape, job: Job) -> list[int]:

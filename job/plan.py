@@ -4,9 +4,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+from job.activations import Job
 from job.config import RunConfig
 from job.errors import ConfigError
+from job.fit import choose, fits
+from job.memory import Memory, memory
 from job.own_deepspeed import adopt, contradictions, merged, read_own
+from job.shape import Shape
 from job.world import Hardware, World
 from job.zero import Strategy, Zero, make_zero, zero_faults
 
@@ -22,7 +26,8 @@ FP16_OVERFLOWS = ("gemma", "gemma2", "gemma3", "gemma3_text")
 @dataclass(frozen=True)
 class Plan:
     """How a run will go. `steps` is 0 until the rows are counted (see `with_steps`); `own` is the user's DeepSpeed
-    JSON, which wins over what is generated."""
+    JSON, which wins over what is generated; `memory` is None when the model's headers were not at hand, `reason`
+    says why the strategy is this one."""
 
     zero: Zero
     own: dict[str, Any]
@@ -37,6 +42,8 @@ class Plan:
     schedule: Literal["linear", "cosine", "constant"]
     warmup: float
     max_grad_norm: float
+    memory: Memory | None = None
+    reason: str = ""
     steps: int = 0
     notes: tuple[str, ...] = ()
 
@@ -77,11 +84,14 @@ class Plan:
         return merged(config, self.own)
 
 
-def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: str = "") -> Plan:
+def make_plan(
+    config: RunConfig, world: World, hardware: Hardware, model_type: str = "", shape: Shape | None = None
+) -> Plan:
     """Decide how the run goes on this machine.
 
     Args:
         model_type: transformers' name of the architecture, for what is known not to work in fp16.
+        shape: the model's sizes, for the memory and what strategy auto is.
 
     Raises:
         ConfigError: settings and machine do not go together; all faults at once.
@@ -100,13 +110,15 @@ def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: s
     if train.optimizer == "paged_adamw_8bit" and hardware.device == "cpu":
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
     faults += _attention_faults(config, hardware)
-    strategy: Strategy = "replicate" if config.parallel.strategy == "auto" else config.parallel.strategy
-    faults += zero_faults(config, strategy, world.nodes)
     # DeepSpeed swaps to files through buffers of the computing type alone
     storage: Storage = precision if config.parallel.offload_parameters == "nvme" else "uint8"
+    zero = make_zero(config, "replicate", world.ranks_per_node, STORAGE_BYTES[storage])
+    need = _Need(config, world, hardware, precision, zero, STORAGE_BYTES[storage], shape)
+    strategy, reason = need.strategy(faults)
+    faults += zero_faults(config, strategy, world.nodes)
     wanted = config.quantization.compute_dtype
     plan = Plan(
-        zero=make_zero(config, strategy, world.ranks_per_node, STORAGE_BYTES[storage]),
+        zero=replace(zero, strategy=strategy),
         own=own,
         storage=storage,
         precision=precision,
@@ -114,17 +126,82 @@ def make_plan(config: RunConfig, world: World, hardware: Hardware, model_type: s
         device=hardware.device,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        accumulation=train.global_batch_size // one_round,
+        accumulation=max(train.global_batch_size // one_round, 1),
         peak_rate=train.learning_rate,
         schedule=train.schedule,
         warmup=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
+        memory=need.memory(strategy),
+        reason=reason,
         notes=tuple(notes),
     )
     faults += contradictions(replace(plan, own={}).deepspeed(), own, str(config.parallel.deepspeed))
     if faults:
         raise ConfigError("the settings for this machine", faults)
     return plan
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What decides the memory of a rank, and with it the strategy that auto is."""
+
+    config: RunConfig
+    world: World
+    hardware: Hardware
+    precision: Precision
+    zero: Zero
+    storage_bytes: int
+    shape: Shape | None
+
+    @property
+    def job(self) -> Job:
+        config, zero = self.config, self.zero
+        return Job(
+            ranks=self.world.world_size,
+            ranks_per_node=self.world.ranks_per_node,
+            quantization=config.quantization.type,
+            double_quant=config.quantization.double_quant,
+            precision=self.precision,
+            rank=config.lora.rank,
+            targets=None if isinstance(config.lora.targets, str) else tuple(config.lora.targets),
+            dropout=config.lora.dropout,
+            dora=config.lora.dora,
+            micro_batch=config.train.micro_batch_size,
+            length=config.data.max_length,
+            masked=config.data.packing or config.train.micro_batch_size > 1,
+            eager=config.model.attention == "eager",
+            recompute=config.train.recompute,
+            optimizer=config.train.optimizer,
+            offload_optimizer=zero.offload_optimizer,
+            offload_parameters=zero.offload_parameters,
+            bucket=zero.bucket,
+            overlap_comm=zero.overlap_comm,
+            contiguous_gradients=zero.contiguous_gradients,
+            persistence=zero.persistence,
+            max_live=zero.max_live,
+            storage_bytes=self.storage_bytes,
+            evaluation_micro_batch=config.evaluation.micro_batch_size,
+            device=self.hardware.device,
+        )
+
+    def memory(self, strategy: Strategy) -> Memory | None:
+        """The memory of a rank under a strategy."""
+        return memory(self.shape, replace(self.job, strategy=strategy)) if self.shape else None
+
+    def strategy(self, faults: list[str]) -> tuple[Strategy, str]:
+        """The strategy asked for, or for auto the simplest that fits, and why."""
+        wanted, available = self.config.parallel.strategy, self.hardware.memory_gib
+        simplest: Strategy = "zero3" if self.config.parallel.offload_parameters != "none" else "replicate"
+        if self.shape is None or self.hardware.device == "cpu":  # ranks on a CPU share the host's memory
+            return (simplest, "") if wanted == "auto" else (wanted, "as set")
+        if wanted == "auto":
+            choice = choose(self.shape, self.job, available)
+            if choice.strategy is None and choice.memory.total_gib > available:
+                faults.append(f"parallel.strategy: {choice.reason}")
+            return choice.strategy or ("zero3" if self.world.world_size > 1 else simplest), choice.reason
+        need = memory(self.shape, replace(self.job, strategy=wanted))
+        tight = "" if fits(need, available) else ", which will hardly do"
+        return wanted, f"as set: {need.total_gib:.1f} GiB of {available:.1f} GiB a GPU{tight}"
 
 
 def _attention_faults(config: RunConfig, hardware: Hardware) -> list[str]:

@@ -6,7 +6,7 @@ from functools import partial
 
 from job import adapter, loop
 from job.config import RunConfig
-from job.data import Dataset, load_dataset
+from job.data.load import Dataset, load_dataset
 from job.engine import Engine
 from job.errors import ModelError
 from job.group import agreed, connect, first_of_each_node, on_first_rank
@@ -24,6 +24,7 @@ from job.model import (
 )
 from job.plan import STORAGE_BYTES, make_plan
 from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config
+from job.published import shape_of
 from job.record import metric_sinks, recorded
 from job.run_folder import RunFolder
 from job.stop import NAMES, StopRequest
@@ -63,18 +64,21 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     if on_first_rank(world, run.already_finished):
         done = run.status.step if run.status else 0
         return Outcome("already finished", done, None, None, f"{run.store.url}/adapter")
-    files, checkpoint = first_of_each_node(world, lambda: fetch(config.model, config.storage))
+    files, checkpoint = first_of_each_node(world, lambda: fetch(config.model, config.storage, say))
     architecture = read_config(files, config.model)
-    plan = make_plan(config, world, hardware, architecture.model_type)
+    shape, unknown = on_first_rank(world, lambda: shape_of(config.model, config.storage, say))
+    plan = make_plan(config, world, hardware, architecture.model_type, shape)
     tokenizer = Tokenizer(files, config.model.trust_remote_code)
     skeleton = build(architecture, config, plan.precision, plan.compute_dtype)
     lora_targets(skeleton, config.lora.targets)
     data = load_dataset(config, tokenizer)
     _fits(data, architecture, config.model.name)
-    checkpoint = first_of_each_node(world, lambda: fetch_weights(config.model, checkpoint))
+    checkpoint = first_of_each_node(world, lambda: fetch_weights(config.model, checkpoint, config.storage, say))
     wanted = shares(skeleton, read_headers(checkpoint), config.model.name, STORAGE_BYTES[plan.storage])
     plan = plan.with_steps(config.train.max_steps or data.train.steps(config.train.epochs))
-    for line in (*plan.notes, *data.report(), f"{plan.steps} steps in {plan.precision} on {hardware.name}"):
+    said = f"{plan.steps} steps in {plan.precision} on {world.world_size} x {hardware.name}, {plan.zero.strategy}"
+    said += f" ({plan.reason})" if plan.reason else ""
+    for line in (*plan.notes, *unknown, *data.report(), said):
         say(line)
 
     with recorded(run, world) as record, StopRequest() as stop:

@@ -5,7 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from job.data import IGNORED, Batches, MicroBatch, Tokens
+from job.data.batches import IGNORED, Batches, MicroBatch
+from job.data.encode import Tokens
 from job.data.pack import epoch_order
 
 MAX_LENGTH = 64

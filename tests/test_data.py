@@ -11,8 +11,10 @@ import pytest
 
 from job.chat import Encoded
 from job.config import RunConfig
-from job.data import Encoder, Row, load_dataset, make_encoder
-from job.data.load import split_rows
+from job.data.encode import Encoder
+from job.data.load import load_dataset, make_encoder
+from job.data.rows import Row
+from job.data.split import split_rows
 from job.errors import DataError
 from job.tokenizer import Tokenizer
 from tests.conftest import alpaca_rows, settings, write_rows

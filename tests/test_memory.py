@@ -257,9 +257,9 @@ def test_six_hundredths_of_a_device_stay_free() -> None:
 
 def test_replicate_is_chosen_when_it_fits_and_zero3_when_only_that_does() -> None:
     small = choose(LLAMA_7B, Job(ranks=8, ranks_per_node=8), 139.8)
-    assert (small.strategy, small.reason) == ("replicate", "replicate: 5.8 GiB of 139.8 GiB a GPU")
+    assert (small.strategy, small.reason) == ("replicate", "5.8 GiB of 139.8 GiB a GPU")
     large = choose(LLAMA_70B, Job(ranks=8, ranks_per_node=8, length=1024), 24)
-    assert (large.strategy, large.reason) == ("zero3", "zero3: 9.4 GiB of 24.0 GiB a GPU (replicate takes 38.0)")
+    assert (large.strategy, large.reason) == ("zero3", "9.4 GiB of 24.0 GiB a GPU (replicate takes 38.0)")
     assert large.memory == memory(LLAMA_70B, Job(strategy="zero3", ranks=8, ranks_per_node=8, length=1024))
 
 

@@ -23,7 +23,7 @@ import pytest
 import zstandard
 
 from job.config.running import Storage
-from job.data import read_rows
+from job.data.rows import read_rows
 from job.errors import DataError
 
 ROWS = [{"instruction": f"Say {n}, twice.", "output": f"{n}\n{n} 你好"} for n in range(6)]

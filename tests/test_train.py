@@ -163,7 +163,7 @@ def reference(path: Path, packed_batches: Any, steps: int) -> list[float]:
 
 def test_losses_equal_those_of_a_plain_loop_in_transformers_and_peft(run_file: RunFile) -> None:
     """Quantization, masking, loss, accumulation, clipping and optimizer at once."""
-    from job.data import load_dataset
+    from job.data.load import load_dataset
     from job.tokenizer import Tokenizer
 
     flat = {"schedule": "constant", "warmup_steps": 0, "max_steps": 4}

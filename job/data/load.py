@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
 from job.chat import chat_format
 from job.config import RunConfig
 from job.data.batches import Batches
 from job.data.encode import Encoder
-from job.data.rows import Row, read_rows
+from job.data.rows import Row
+from job.data.split import read_split
 from job.errors import DataError, InputError
 from job.formats import format_of
 from job.tokenizer import Tokenizer
@@ -60,20 +59,6 @@ def load_dataset(config: RunConfig, tokenizer: Tokenizer) -> Dataset:
     )
 
 
-def read_split(config: RunConfig) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows); the latter are empty without evaluation.
-
-    Raises:
-        DataError: a source is missing, broken or empty, or the share holds out none or all.
-    """
-    rows = read_rows(config.data.train, config.storage)
-    if config.evaluation.file is not None:
-        return rows, read_rows(config.evaluation.file, config.storage)
-    if config.evaluation.share:
-        return split_rows(rows, config.evaluation.share, config.train.seed)
-    return rows, []
-
-
 def make_encoder(config: RunConfig, tokenizer: Tokenizer, first: Row) -> Encoder:
     """The encoder for rows like `first`.
 
@@ -85,22 +70,6 @@ def make_encoder(config: RunConfig, tokenizer: Tokenizer, first: Row) -> Encoder
     except InputError as fault:
         raise DataError(f"{first.where}: {fault}") from fault
     return Encoder(config.data, kind, name, tokenizer, chat_format(tokenizer, config.data.template))
-
-
-def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows): a random share, a function of `seed` alone; both keep the file's order.
-
-    Raises:
-        DataError: one of the two would be empty.
-    """
-    count = round(len(rows) * share)
-    if not 0 < count < len(rows):
-        raise DataError(
-            f"evaluation.share: {share} of {len(rows)} rows holds out {count}, expected at least 1 and fewer than all. "
-            "Change the share, or give evaluation.file"
-        )
-    held = set(np.random.default_rng((seed, 2**31)).permutation(len(rows))[:count].tolist())
-    return [row for place, row in enumerate(rows) if place not in held], [rows[place] for place in sorted(held)]
 
 
 def _batches(config: RunConfig, encoder: Encoder, rows: Sequence[Row], name: str) -> Batches:
