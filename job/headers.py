@@ -6,15 +6,32 @@ Format: 8 bytes little-endian length, a JSON header, then the tensors (https://h
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from job.errors import ModelError
-from job.store import Store, reason
+from job.store import reason
 
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 INDEX = "model.safetensors.index.json"
 FIRST_READ = 1 << 16
 """Bytes of the first ranged read: most headers fit, so most files cost one request."""
+
+
+class Files(Protocol):
+    """A folder of a checkpoint, as much of `job.store.Store` as headers need."""
+
+    url: str
+
+    def names(self) -> list[str]:
+        """Names of the files directly inside, sorted."""
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """The file's bytes [start, stop); fewer when the file ends before."""
+
+    def size(self, name: str) -> int:
+        """The file's length, bytes."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class Tensor:
         return self.numel * self.item_size
 
 
-def read_headers(store: Store) -> dict[str, Tensor]:
+def read_headers(store: Files) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder by name, from the headers of its safetensors files.
 
     Raises:
@@ -61,21 +78,10 @@ def read_headers(store: Store) -> dict[str, Tensor]:
     return tensors
 
 
-def _files(store: Store) -> list[str]:
+def _files(store: Files) -> list[str]:
     there = store.names()
     if INDEX in there:
-        try:
-            wanted = sorted(set(json.loads(store.read(INDEX))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise ModelError(f"{store.url}/{INDEX} is damaged ({fault!r}). Copy the file again") from fault
-        missing = [name for name in wanted if name not in there]
-        if missing:
-            named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-            raise ModelError(
-                f"{store.url}: {INDEX} names {len(wanted)} files, {len(missing)} are missing ({named}). "
-                "Copy the checkpoint again"
-            )
-        return wanted
+        return indexed_files(store, INDEX, there)
     found = [name for name in there if name.endswith(".safetensors")]
     if "model.safetensors" in found:
         return ["model.safetensors"]
@@ -84,13 +90,40 @@ def _files(store: Store) -> list[str]:
     return found
 
 
+def indexed_files(store: Files, index: str, there: Sequence[str]) -> list[str]:
+    """The files that an index names, each once, sorted.
+
+    Args:
+        index: name of the index, a JSON file whose `weight_map` says which tensor is in which file.
+        there: the names in the folder.
+
+    Raises:
+        ModelError: the index is damaged, or a file that it names is missing.
+    """
+    try:
+        wanted = sorted(set(json.loads(store.read(index))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise ModelError(f"{store.url}/{index} is damaged ({fault!r}). Copy the file again") from fault
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        raise ModelError(
+            f"{store.url}: {index} names {len(wanted)} files, {len(missing)} are missing ({named}). "
+            "Copy the checkpoint again"
+        )
+    return wanted
+
+
 def _what_is_there(names: list[str]) -> str:
     if any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in names):
-        return "Pickled and GGUF weights are not read: save the model as safetensors"
+        return (
+            "Training converts pytorch_model.bin, its parts or one GGUF file; other weights, and what only headers "
+            "are read of, have to be saved as safetensors"
+        )
     return f"The folder holds {', '.join(names[:8])}" if names else "There is no such folder, or it is empty"
 
 
-def _read_header(store: Store, file: str) -> dict[str, Tensor]:
+def _read_header(store: Files, file: str) -> dict[str, Tensor]:
     try:
         head = store.read(file, 0, FIRST_READ)
         if head.startswith(b"version https://git-lfs"):

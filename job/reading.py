@@ -7,7 +7,7 @@ with closing(read_ahead(store, ranges)) as contents:
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -17,7 +17,7 @@ from job.cache import Cache
 from job.errors import JobError, ModelError
 from job.store import Store, reason
 
-__all__ = ["REQUEST", "Cache", "Range", "read_ahead"]
+__all__ = ["LONGEST_PAUSE_S", "REQUEST", "Cache", "Range", "answer", "pause", "read_ahead", "retry_after_s"]
 
 REQUEST = 32 << 20
 """Bytes of the largest request that ranges are merged into."""
@@ -176,7 +176,7 @@ class _Source:
                         f"{self._named(wanted)}: {wanted} could not be read in {tries + 1} tries "
                         f"({reason(fault)}). Start the run again when the storage answers"
                     ) from fault
-                asked_s = _retry_after_s(fault)
+                asked_s = retry_after_s(fault)
             pause(PAUSES_S[tries] if asked_s is None else asked_s, self.given_up)
             tries += 1
             if self.given_up.is_set():
@@ -184,7 +184,7 @@ class _Source:
 
     def _refuse_final(self, wanted: Range, fault: Exception) -> None:
         """Faults that no second try mends."""
-        status, _ = _answer(fault)
+        status, _ = answer(fault)
         if isinstance(fault, FileNotFoundError) or status in (404, 410):
             raise ModelError(f"{self._named(wanted)}: not found. Copy the file there again") from fault
         if isinstance(fault, PermissionError) or status in (401, 403):
@@ -203,9 +203,10 @@ def pause(seconds: float, given_up: threading.Event) -> None:
     given_up.wait(seconds)
 
 
-def _retry_after_s(fault: BaseException) -> float | None:
+def retry_after_s(fault: BaseException) -> float | None:
     """Seconds that a server asked to wait: Retry-After is a number, or a date (RFC 9110, 10.2.3)."""
-    status, asked = _answer(fault)
+    status, headers = answer(fault)
+    asked = headers.get("Retry-After") or headers.get("retry-after")
     if status not in (429, 503) or not asked:
         return None
     try:
@@ -215,8 +216,8 @@ def _retry_after_s(fault: BaseException) -> float | None:
     return min(max(seconds, 0.0), LONGEST_PAUSE_S)
 
 
-def _answer(fault: BaseException | None) -> tuple[int | None, str | None]:
-    """HTTP status and Retry-After of the answer behind an exception, as far as it carries them.
+def answer(fault: BaseException | None) -> tuple[int | None, Mapping[str, str]]:
+    """HTTP status and headers of the answer behind an exception, as far as it carries them.
 
     aiohttp's exception has both; s3fs raises an OSError from botocore's, whose `response` is a dictionary; httpx's and
     requests' have a response object.
@@ -225,10 +226,10 @@ def _answer(fault: BaseException | None) -> tuple[int | None, str | None]:
         response = getattr(fault, "response", None)
         if isinstance(response, dict):
             about = response.get("ResponseMetadata", {})
-            return about.get("HTTPStatusCode"), about.get("HTTPHeaders", {}).get("retry-after")
-        answer = fault if response is None else response
-        status = getattr(answer, "status_code", None) or getattr(answer, "status", None)
+            return about.get("HTTPStatusCode"), about.get("HTTPHeaders", {})
+        found = fault if response is None else response
+        status = getattr(found, "status_code", None) or getattr(found, "status", None)
         if isinstance(status, int):
-            return status, (getattr(answer, "headers", None) or {}).get("Retry-After")
+            return status, getattr(found, "headers", None) or {}
         fault = fault.__cause__
-    return None, None
+    return None, {}

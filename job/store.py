@@ -42,7 +42,7 @@ class Store:
             return []
         if not self.is_local:  # some object stores keep an empty object for the folder itself
             found = [entry for entry in found if entry["name"].rstrip("/") != self.root.rstrip("/")]
-        return sorted(PurePosixPath(entry["name"]).name for entry in found if folders or entry["type"] == "file")
+        return sorted(PurePosixPath(entry["name"]).name for entry in found if folders or _is_file(entry))
 
     def missing_bucket(self) -> str | None:
         """The bucket's name when there is no such bucket: objects of one read as merely not found."""
@@ -103,6 +103,11 @@ class Store:
     def remove(self, name: str) -> None:
         """Delete the file."""
         self.fs.rm_file(self.path(name))
+
+
+def _is_file(entry: dict[str, Any]) -> bool:
+    """Whether it is a file or, as in the hub's cache, a link to one, which fsspec calls "other"."""
+    return entry["type"] == "file" or bool(entry.get("islink") and Path(entry["name"]).is_file())
 
 
 def fs_options(url: str, storage: Storage) -> dict[str, Any]:

@@ -77,9 +77,16 @@ def test_a_folder_without_weights_says_what_is_there(store: Store) -> None:
     store.write("notes.txt", b"")
     with pytest.raises(ModelError, match=r"Expected model.safetensors .* The folder holds config.json, notes.txt"):
         read_headers(store)
-    store.write("pytorch_model.bin", b"")
-    with pytest.raises(ModelError, match="Pickled and GGUF weights are not read: save the model as safetensors"):
-        read_headers(store)
+    for name in ("pytorch_model.bin", "model.Q4_1.gguf"):
+        store.write(name, b"")
+        with pytest.raises(ModelError) as refusal:
+            read_headers(store)
+        assert str(refusal.value) == (
+            f"{store.url}: no weights. Expected model.safetensors or its parts. Training converts pytorch_model.bin, "
+            "its parts or one GGUF file; other weights, and what only headers are read of, have to be saved as "
+            "safetensors"
+        )
+        store.remove(name)
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -36,3 +36,11 @@ def test_a_base_at_a_url_is_noted_as_beyond_plain_peft() -> None:
 def test_a_base_that_plain_peft_finds_needs_no_note(tiny_model: Path) -> None:
     assert plain_peft_note(Model(name="owner/model")) is None
     assert plain_peft_note(Model(name=str(tiny_model))) is None
+
+
+def test_a_base_in_a_gguf_file_is_noted_as_beyond_plain_peft(tmp_path: Path) -> None:
+    (tmp_path / "model.Q4_1.gguf").touch()
+    assert plain_peft_note(Model(name=str(tmp_path))) == (
+        f"plain peft cannot load the base from the GGUF file in {tmp_path}: save it as safetensors and write "
+        "that folder as base_model_name_or_path into adapter_config.json"
+    )

@@ -39,7 +39,8 @@ class Model(Section):
     """The pretrained model that is adapted."""
 
     name: Fixed[str]
-    """Hub id (owner/name), folder or URL of a transformers checkpoint in safetensors. Required. Fixed."""
+    """Hub id (owner/name), folder or URL of a transformers checkpoint in safetensors; pickled weights and a GGUF file
+    are converted first. Required. Fixed."""
     revision: Fixed[str | None] = None
     """Branch, tag or commit of a hub id; off (null) is the default branch. Fixed."""
     trust_remote_code: Fixed[bool] = False

@@ -86,9 +86,10 @@ class Storage(Section):
     ca_bundle: Free[str | None] = None
     """File of certificate authorities for the endpoint; off (null) is the system's. Free."""
     cache_dir: Free[str | None] = None
-    """Folder on the node's own disk that keeps downloaded weights for its next run; off is null. Free."""
+    """Folder on the node's own disk that keeps downloaded and converted weights for its next run; off is null. Free."""
     cache_gib: Free[float | None] = Field(default=None, gt=0)
-    """Largest size of that folder, GiB, the least recently used removed first; off (null) is no limit. Free."""
+    """Largest size of what was downloaded into that folder, GiB, the least recently used removed first; off (null) is
+    no limit. Free."""
 
     @field_validator("cache_dir")
     @classmethod
