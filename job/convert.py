@@ -21,6 +21,7 @@ from job.cache import Cache
 from job.config.running import Storage
 from job.errors import ModelError
 from job.headers import INDEX, indexed_files
+from job.hub import aside
 from job.made_once import made_once
 from job.reading import REQUEST, Range, read_ahead
 from job.store import Store, reason
@@ -71,7 +72,7 @@ def has_tokenizer(names: Iterable[str]) -> bool:
     return any(Path(name).match(pattern) for name in names for pattern in TOKENIZERS)
 
 
-def converted(store: Store, storage: Storage, say: Callable[[str], None] = print) -> Store:
+def converted(store: Store, storage: Storage, say: Callable[[str], None] = aside) -> Store:
     """The folder with the same weights as safetensors; the store itself when it has nothing to convert.
 
     A GGUF file's folder has configuration and tokenizer as well: those beside the file, else those within it.

@@ -4,6 +4,7 @@ It answers 429 when too many ask, and says how long to wait. The pauses here are
 """
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,12 +32,17 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
+def aside(line: str) -> None:
+    """Say it where it is not taken for what a verb prints, which may be JSON."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE says that there is no network: then only what was downloaded before is there."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def snapshot(model: Model, files: Sequence[str], say: Say = print) -> str:
+def snapshot(model: Model, files: Sequence[str], say: Say = aside) -> str:
     """The local folder with the model's files that match the patterns, downloaded unless they are there already.
 
     Args:
@@ -55,7 +61,7 @@ def snapshot(model: Model, files: Sequence[str], say: Say = print) -> str:
     )
 
 
-def hub_headers(model: Model, say: Say = print) -> dict[str, Tensor]:
+def hub_headers(model: Model, say: Say = aside) -> dict[str, Tensor]:
     """All tensors of a hub model by name, from the headers of its safetensors files; no weights are downloaded.
 
     Raises:
@@ -64,7 +70,7 @@ def hub_headers(model: Model, say: Say = print) -> dict[str, Tensor]:
     return read_headers(published_files(model, say))
 
 
-def published_files(model: Model, say: Say = print) -> Files:
+def published_files(model: Model, say: Say = aside) -> Files:
     """The model's files, to be read in part: on the hub, or in the local cache of a machine without network.
 
     Raises:
@@ -86,7 +92,7 @@ class Repository:
         ModelError: as `snapshot`.
     """
 
-    def __init__(self, model: Model, say: Say = print):
+    def __init__(self, model: Model, say: Say = aside):
         _refuse_no_id(model)
         self._model, self._say, self.url = model, say, model.name
         asked = partial(huggingface_hub.HfApi().model_info, model.name, revision=model.revision, files_metadata=True)

@@ -13,14 +13,14 @@ from job.config.learning import Model
 from job.config.running import Storage
 from job.convert import SMALL_FILES, converted, has_tokenizer, is_gguf, small_files, weight_files
 from job.errors import ModelError
-from job.hub import Repository, offline, snapshot
+from job.hub import Repository, aside, offline, snapshot
 from job.published import at_url, no_config, parse_config_json, reaching, refuse_quantized
 from job.store import Store, is_url
 
 Say = Callable[[str], None]
 
 
-def fetch(model: Model, storage: Storage, say: Say = print) -> tuple[str, Store]:
+def fetch(model: Model, storage: Storage, say: Say = aside) -> tuple[str, Store]:
     """A local folder with the model's small files, and the store its weights are streamed from.
 
     A GGUF file without configuration or tokenizer beside it is converted here: it brings them.
@@ -53,7 +53,7 @@ def fetch(model: Model, storage: Storage, say: Say = print) -> tuple[str, Store]
     return folder, store
 
 
-def fetch_weights(model: Model, store: Store, storage: Storage, say: Say = print) -> Store:
+def fetch_weights(model: Model, store: Store, storage: Storage, say: Say = aside) -> Store:
     """The store with the weights in it, as safetensors: `fetch` leaves those of a hub id where they are, and those that
     have to be converted as they are, until all else is checked.
 

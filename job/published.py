@@ -13,13 +13,13 @@ from job.config.learning import Model
 from job.config.running import Storage
 from job.errors import ModelError
 from job.headers import Files, Tensor, read_headers
-from job.hub import published_files
+from job.hub import aside, published_files
 from job.shape import Shape, read_shape
 from job.store import Store, is_url, reason
 
 
 def published(
-    model: Model, storage: Storage, say: Callable[[str], None] = print
+    model: Model, storage: Storage, say: Callable[[str], None] = aside
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The parsed config.json and all tensors by name, of a folder, URL or hub id.
 
@@ -44,7 +44,7 @@ def published(
 
 
 def shape_of(
-    model: Model, storage: Storage, say: Callable[[str], None] = print
+    model: Model, storage: Storage, say: Callable[[str], None] = aside
 ) -> tuple[Shape | None, tuple[str, ...]]:
     """The model's sizes; None, and a note, for one whose weights or layers are not of the usual form. Whether it can be
     trained all the same is not decided here."""

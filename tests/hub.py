@@ -4,7 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -86,7 +86,8 @@ class _Answer(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            with suppress(ConnectionError):  # a client that wants only the headers hangs up
+                self.wfile.write(content)
             self.server.sent += len(content) if "ETag" in headers else 0
 
     def log_message(self, format: str, *args: Any) -> None:

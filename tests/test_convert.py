@@ -25,7 +25,7 @@ from job.pretrained import fetch, fetch_weights
 from job.store import Store
 from job.train import train
 from job.world import World
-from tests.conftest import REPOSITORY, losses, make_llama
+from tests.conftest import REPOSITORY, losses, make_llama, qlora
 from tests.s3 import BUCKET, S3
 
 RunFile = Callable[..., Path]
@@ -85,6 +85,20 @@ def test_pickled_weights_train_to_the_very_same_losses(
     (made,) = (path for path in (tmp_path / "cache/converted").iterdir() if path.is_dir())
     sentence = f"{folder} holds pickled weights: converted to safetensors once, into {made}"
     assert said.count(sentence) == 1
+
+
+def test_the_ranks_of_a_node_convert_once_and_leave_nothing(
+    run_file: RunFile, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = pickled(tiny_model, tmp_path / "pickled", 2)
+    config = run_file("two", model={"name": str(folder)}, parallel={"strategy": "zero3"})
+    (tmp_path / "tmp").mkdir()
+    done = qlora("train", config, "parallel.processes=2", env={"TMPDIR": str(tmp_path / "tmp")})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("converted to safetensors for this run") == 1
+    assert losses(tmp_path / "out/two") == pytest.approx(trained(run_file("plain")), rel=1e-5)
+    left = (tmp_path / "tmp" / f"qlora-converted-{os.getuid()}").iterdir()
+    assert [path.suffix for path in left] == [".lock"]
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -167,6 +167,15 @@ def test_the_hub_is_asked_again_after_the_pause_that_it_wants(server: Hub, pause
     assert said == [f"{NAME}: the hub is busy (HTTP 429), trying again in {seconds} s" for seconds in (7, 11)]
 
 
+def test_what_nobody_listens_to_is_said_beside_what_a_verb_prints(
+    server: Hub, pauses: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.refusals = [(503, {})]
+    published(Model(name=NAME), Storage())
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == "owner/model: the hub is busy (HTTP 503), trying again in 2 s\n"
+
+
 def test_the_pauses_are_really_waited_for(server: Hub) -> None:
     server.refusals = [(429, {"Retry-After": "1"})] * 2
     start = time.monotonic()
