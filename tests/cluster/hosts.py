@@ -90,12 +90,13 @@ class Host:
             )
 
     def python_processes(self) -> list[int]:
-        """The pids of what Python runs here."""
-        here = _namespace(self.pid, "pid")
+        """The pids of what Python runs there."""
+        there = _namespace(self.pid, "pid")
         found = []
         for process in psutil.process_iter():
             try:
-                if _namespace(process.pid, "pid") == here and process.name().startswith("python"):
+                same = process.name().startswith("python") and _namespace(process.pid, "pid") == there
+                if same and alive(process.pid):
                     found.append(process.pid)
             except (OSError, psutil.Error):
                 continue  # it has just ended

@@ -11,7 +11,7 @@ from tests.cluster.hosts import Host
 from tests.cluster.launching import Launched, over_ssh, without_ssh
 
 RunFile = Callable[..., Path]
-NOTICED_S = 30
+NOTICED_S = 60
 
 
 @pytest.fixture
@@ -36,8 +36,9 @@ def test_when_a_host_dies_deepspeed_over_ssh_ends_with_a_fault(
 ) -> None:
     launched = over_ssh(tmp_path, two_hosts, "job", "train", endless)
     wait_for_a_step(launched)
+    assert two_hosts[0].python_processes()
     two_hosts[1].kill()
-    assert launched.codes(NOTICED_S) != [0]
+    assert launched.codes(NOTICED_S)[0] > 0
     assert "another rank ended" in launched.said()
     assert state(endless) == "failed"
     assert two_hosts[0].python_processes() == []
@@ -46,6 +47,7 @@ def test_when_a_host_dies_deepspeed_over_ssh_ends_with_a_fault(
 def test_when_the_first_host_dies_the_others_end_with_1(endless: Path, two_hosts: list[Host], tmp_path: Path) -> None:
     launched = without_ssh(tmp_path, two_hosts, "job", "train", endless)
     wait_for_a_step(launched)
+    assert two_hosts[1].python_processes()
     two_hosts[0].kill()
     assert launched.codes(NOTICED_S)[1] == 1
     assert two_hosts[1].python_processes() == []
