@@ -6,6 +6,7 @@ from typing import Any
 
 from job.cache import Cache
 from job.config import RunConfig
+from job.hardware import peak_memory_gib
 from job.model import DTYPE, place
 from job.plan import Plan
 from job.sharding import Receipts, own_shares, partitioner, scales_of_all, whole
@@ -59,5 +60,10 @@ def fill(
             place(skeleton, whole(pieces, world), plan.device)
     read, total = (sum(share.nbytes for share in shares) / 1e9 for shares in (mine, wanted))
     seconds = time.monotonic() - begun
-    say(f"base: {read:.2f} of {total:.2f} GB read by each rank, quantized and placed in {seconds:.1f} s")
+    said = f"base: {read:.2f} of {total:.2f} GB read by this rank, quantized and placed in {seconds:.1f} s"
+    say(f"{said}; peak memory so far {peak_memory_gib('cpu'):.1f} GiB" + _on_gpu(plan))
     return receipts
+
+
+def _on_gpu(plan: Plan) -> str:
+    return f", {peak_memory_gib('cuda'):.1f} on the GPU" if plan.device == "cuda" else ""

@@ -17,12 +17,15 @@ from job.sinks import Metrics
 from job.world import World
 
 OnRow = Callable[[Metrics], None]
+LEFT_OUT = 25
+"""Steps in a row whose fp16 gradients overflow: the loss scale starts at 2^16 and is halved at each, so after 16 of them
+nothing is scaled any more."""
 
 
 @dataclass
 class Progress:
     """How far a run got. `adapter` holds the trained tensors by name, the best ones when those are kept, whose
-    evaluation loss is `kept_eval`; `stopped` says why training was enough before its last step, `interrupted` who
+    evaluation loss is `kept_eval`; `left_out` counts the last steps that fp16 left out; `stopped` says why training was enough before its last step, `interrupted` who
     asked for a stop."""
 
     step: int = 0
@@ -32,6 +35,7 @@ class Progress:
     best_eval: float = math.inf
     evaluated_at: int = -1
     worse: int = 0
+    left_out: int = 0
     adapter: dict[str, Any] = field(default_factory=dict)
     stopped: str | None = None
     interrupted: str | None = None
@@ -73,8 +77,8 @@ def run(
         micro_batches = data.train.share(batch, world.rank, world.world_size, plan.micro_batch_size)
         step = engine.train_step(batch, micro_batches, rate)
         seconds = time.perf_counter() - begun
-        _refuse_infinite(step, batch.step + 1)
         progress.step = batch.step + 1
+        _watch(step, progress)
         on_row(
             {
                 "step": progress.step,
@@ -86,6 +90,7 @@ def run(
                 "tokens_per_s": round(batch.tokens / seconds, 1),
                 "samples_per_s": round(batch.rows / seconds, 3),
                 "memory_gib": round(peak_memory_gib(plan.device), 3),
+                **({} if step.applied else {"left_out": 1}),
             }
         )
         if every and progress.step % every == 0:
@@ -130,6 +135,15 @@ def _enough(progress: Progress, config: RunConfig) -> str | None:
     return None
 
 
-def _refuse_infinite(step: Step, number: int) -> None:
+def _watch(step: Step, progress: Progress) -> None:
+    """Refuse to go on when nothing is learnt any more."""
     if not math.isfinite(step.loss):
-        raise JobError(f"the loss of step {number} is {step.loss}. Lower train.learning_rate, or use bf16 or fp32")
+        raise JobError(
+            f"the loss of step {progress.step} is {step.loss}. Lower train.learning_rate, or use bf16 or fp32"
+        )
+    progress.left_out = 0 if step.applied else progress.left_out + 1
+    if progress.left_out == LEFT_OUT:
+        raise JobError(
+            f"the gradients of {LEFT_OUT} steps in a row overflowed in fp16, the last of them step {progress.step}. "
+            "Use bf16 or fp32, or lower train.learning_rate"
+        )

@@ -69,7 +69,8 @@ class ConsoleSink:
             return
         if not self.begun:
             self.begun, self.first = time.monotonic(), step
-        said = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tok/s{self._left(step)}"
+        said = "gradients overflowed, left out  " if row.get("left_out") else ""
+        said += f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tok/s{self._left(step)}"
         if self.bar:
             self.bar.update(self.task, completed=step, said=said)
         elif step % self.every_steps == 0 or step == self.steps:

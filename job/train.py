@@ -71,8 +71,8 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     tokenizer = Tokenizer(files, config.model.trust_remote_code)
     skeleton = build(architecture, config, plan.precision, plan.compute_dtype)
     lora_targets(skeleton, config.lora.targets)
-    data = load_dataset(config, tokenizer)
-    _fits(data, architecture, config.model.name)
+    data = load_dataset(config, tokenizer, partial(on_first_rank, world))
+    _fits(data, architecture, config.model.name, config.data.packing)
     checkpoint = first_of_each_node(world, lambda: fetch_weights(config.model, checkpoint, config.storage, say))
     wanted = shares(skeleton, read_headers(checkpoint), config.model.name, STORAGE_BYTES[plan.storage])
     plan = plan.with_steps(config.train.max_steps or data.train.steps(config.train.epochs))
@@ -106,8 +106,9 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     return Outcome("finished", progress.step, progress.first_eval, after, f"{run.store.url}/adapter")
 
 
-def _fits(data: Dataset, architecture: object, name: str) -> None:
-    """Refuse tokens the model has no embedding for, and rows longer than its positions."""
+def _fits(data: Dataset, architecture: object, name: str, packing: bool) -> None:
+    """Refuse tokens the model has no embedding for, rows longer than its positions, and packing where a long row would
+    change its neighbours."""
     tables = [batches.tokens for batches in (data.train, data.held_out) if batches is not None]
     largest, longest = max(int(t.ids.max()) for t in tables), max(int(t.lengths.max()) for t in tables)
     vocabulary = getattr(architecture, "vocab_size", largest + 1)
@@ -119,4 +120,11 @@ def _fits(data: Dataset, architecture: object, name: str) -> None:
     if longest > positions:
         raise ModelError(
             f"{name}: a row has {longest} tokens, the model has {positions} positions. Lower data.max_length"
+        )
+    rope = getattr(architecture, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or positions
+    if packing and rope.get("rope_type") in ("dynamic", "longrope") and longest > original:
+        raise ModelError(
+            f"{name}: above {original} positions its {rope['rope_type']} scaling depends on the longest row of a "
+            "sequence, so packed rows would change each other. Set data.packing: false, or lower data.max_length"
         )

@@ -98,4 +98,22 @@ def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | 
     sys.argv = ["qlora", *words]
     from job.cli import main
 
+    if "COUNT_READ_BYTES" in variables:
+        _count_read_bytes(variables["COUNT_READ_BYTES"])
     main()
+
+
+def _count_read_bytes(path: str) -> None:
+    """Write the number of bytes of weights that this process reads, a line each read."""
+    from job.store import Store
+
+    read = Store.read
+
+    def counted(self: Store, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        content = read(self, name, start, stop)
+        if name.endswith(".safetensors"):
+            with open(path, "a") as file:
+                file.write(f"{len(content)}\n")
+        return content
+
+    Store.read = counted  # type: ignore[method-assign]
