@@ -38,7 +38,11 @@ def test_the_real_model_has_equal_losses_on_one_rank_and_sharded_over_two(
     write_rows(tmp_path / "rows.jsonl", alpaca_rows(48))
     found = {}
     for strategy, ranks in (("replicate", 1), ("zero3", 2)):
-        shape = {"train": {**TRAIN, "global_batch_size": 2}, "parallel": {"strategy": strategy}, "lora": {"dropout": 0.05}}
+        shape = {
+            "train": {**TRAIN, "global_batch_size": 2},
+            "parallel": {"strategy": strategy},
+            "lora": {"dropout": 0.05},
+        }
         path = run_file(strategy, model={"name": str(smollm2)}, data=SHORT, **shape)
         done = run_ranks(ranks, "train", path)
         assert [one.code for one in done] == [0] * ranks, "\n".join(one.err for one in done)

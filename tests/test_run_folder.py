@@ -12,6 +12,7 @@ import pytest
 from job.config import RunConfig, parse_config
 from job.errors import OutputError
 from job.run_folder import RunFolder
+from job.sinks import JsonlSink, read_metrics
 from tests.conftest import settings
 from tests.s3 import BUCKET, S3
 
@@ -115,6 +116,23 @@ def test_an_unfinished_run_cannot_be_resumed_and_says_so(place: dict[str, Any], 
         f"output.url: {place['url']} holds an unfinished run ({state} at step 2), and this version cannot resume one. "
         "Use another output.url, or delete the folder"
     )
+
+
+@pytest.mark.parametrize("state", ["interrupted", "failed"])
+def test_a_run_that_ended_before_its_first_step_may_be_started_again_with_any_settings(
+    place: dict[str, Any], state: Any
+) -> None:
+    run = RunFolder(config(**place))
+    run.begin()
+    sink = JsonlSink(run.store)
+    sink.row({"step": 0, "eval_loss": 4.0})
+    sink.close()
+    run.write_status(state, "the GPU's memory ran out", 0)
+    again = RunFolder(config(**place, lora={"rank": 8}))
+    assert not again.already_finished()
+    again.begin()
+    assert read_metrics(again.store) == []
+    assert RunFolder(config(**place)).old == config(**place, lora={"rank": 8})
 
 
 def test_a_run_without_a_status_counts_as_unfinished(tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 from job import adapter
 from job.config import parse_config
-from job.errors import AdapterError, ConfigError, InputError, ModelError
+from job.errors import AdapterError, ConfigError, InputError, JobError, ModelError
 from job.report import summary
 from job.train import train
 from job.world import World
-from tests.conftest import REPOSITORY, alpaca_rows, losses, metrics, write_rows
+from tests.conftest import REPOSITORY, alpaca_rows, losses, make_llama, make_tokenizer, metrics, write_rows
 
 RunFile = Callable[..., Path]
 HALF = {"dropout": 0.5}
@@ -323,6 +323,31 @@ def test_rows_longer_than_the_models_positions_are_refused_before_anything_is_wr
     with pytest.raises(ModelError, match=r"a row has 600 tokens, the model has 512 positions. Lower data.max_length"):
         run(run_file(data={"max_length": 600}))
     assert not (tmp_path / "out").exists()
+
+
+def test_long_rows_are_not_packed_where_positions_depend_on_their_length(run_file: RunFile, tmp_path: Path) -> None:
+    folder = tmp_path / "dynamic"
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    make_llama(folder, rope_parameters=scaling)
+    make_tokenizer(folder)
+    write_rows(tmp_path / "rows.jsonl", [{"text": "word " * 30}, {"text": "short"}])
+    with pytest.raises(ModelError, match=r"above 64 positions its dynamic scaling .* Set data.packing: false"):
+        run(run_file(model={"name": str(folder)}))
+    run(run_file(model={"name": str(folder)}, data={"packing": False}))
+
+
+def test_a_gpu_that_runs_out_of_memory_is_one_sentence_with_the_cure(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
+
+    monkeypatch.setattr("job.engine.Engine.train_step", full)
+    expected = r"the GPU's memory ran out after step 0 \(CUDA out of memory.* GiB.\). Lower train.micro_batch_size"
+    with pytest.raises(JobError, match=expected):
+        run(run_file())
+    status = json.loads((tmp_path / "out/run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 0) and "train.recompute: full" in status["reason"]
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(run_file: RunFile) -> None:
