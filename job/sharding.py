@@ -21,11 +21,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from job.errors import JobError
 from job.group import everyone, joined
 from job.plan import Plan
+from job.swap import STORAGE, swapped, with_buffers
 from job.weights import Exchange, Piece, Share, fingerprint, split
 from job.world import World
-
-STORAGE = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Types of stored elements, each of which holds two 4-bit weights a byte."""
 
 
 def own_shares(shares: Iterable[Share], world: World) -> list[Share]:
@@ -93,13 +91,17 @@ class Receipts:
                 start += size
 
 
-def partitioner(plan: Plan, world: World) -> Callable[[Any, Piece], None]:
+def partitioner(plan: Plan, world: World, shares: Iterable[Share]) -> Callable[[Any, Piece], None]:
     """A function that turns a fresh parameter into a ZeRO-3 partition filled with this rank's piece.
 
     What it sets is what DeepSpeed's `zero.Init` leaves behind after it has partitioned a whole parameter, without
     there ever being one (deepspeed 0.19.8, partition_parameters.py).
+
+    Args:
+        shares: every parameter that will come, whole.
     """
-    init = deepspeed.zero.Init(config_dict_or_path=plan.deepspeed())
+    in_files = swapped(plan, world, shares)
+    init = deepspeed.zero.Init(config_dict_or_path=with_buffers(plan, in_files))
 
     def hold(parameter: Any, piece: Piece) -> None:
         share = piece.share
@@ -117,7 +119,7 @@ def partitioner(plan: Plan, world: World) -> Callable[[Any, Piece], None]:
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         size = math.ceil(units / world.world_size)
         parameter.ds_numel_aligned = size * world.world_size
-        parameter.ds_tensor = _home(init, parameter, own, size)
+        parameter.ds_tensor = _home(init, parameter, own, size, share.name in in_files)
         if init.zero_param_process_group is not None:
             parameter.ds_secondary_tensor = _secondary(init, own, size, world)
         if parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme:
@@ -126,10 +128,10 @@ def partitioner(plan: Plan, world: World) -> Callable[[Any, Piece], None]:
     return hold
 
 
-def _home(init: Any, parameter: Any, own: torch.Tensor, size: int) -> torch.Tensor:
+def _home(init: Any, parameter: Any, own: torch.Tensor, size: int, in_file: bool) -> torch.Tensor:
     """The partition, zero behind its end, where the settings want it: GPU, pinned host memory, or a swap buffer."""
     location = None
-    if init.remote_device == OffloadDeviceEnum.nvme and init.param_swapper.swappable_tensor(numel=size):
+    if in_file:
         location = OffloadDeviceEnum.nvme
         buffer = init.param_swapper.get_buffer(parameter, size)
         partition = torch.empty(0, dtype=own.dtype, device=buffer.device)

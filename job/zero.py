@@ -1,5 +1,8 @@
 """How state is spread over ranks and memories: the strategies, what goes with what, and DeepSpeed's words for it."""
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,7 +57,9 @@ class Zero:
                 "stage3_prefetch_bucket_size": self.prefetch,
                 "stage3_param_persistence_threshold": self.persistence,
                 "stage3_max_live_parameters": self.max_live,
-                "stage3_max_reuse_distance": self.max_live,
+                # a weight kept for its next use keeps its swap buffer, of which there are few. 0 would be too few:
+                # what the very next module uses is then released and no longer in the queue of what to read
+                "stage3_max_reuse_distance": 1 if self.offload_parameters == "nvme" else self.max_live,
             }
         if self.strategy == "hpz":
             zero["zero_hpz_partition_size"] = self.ranks_per_node
@@ -71,6 +76,25 @@ class Zero:
             # torch's AdamW steps the few adapter parameters on the host; DeepSpeed's own would be compiled first
             config["zero_force_ds_cpu_optimizer"] = False
         return config
+
+
+def layer_of(parameter: str) -> str | None:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`; None outside of numbered layers."""
+    found = re.match(r"(.*?\.)?\d+(?=\.)", parameter)
+    return found[0] if found else None
+
+
+def swap_buffers(sizes: Mapping[str, int]) -> dict[str, int]:
+    """DeepSpeed's buffers between files and GPU: as large as the largest part, and two for each parameter of a layer.
+
+    ZeRO-3 fetches a decoder layer at once, and a parameter holds its buffer until it is released: one layer computes
+    while files of the next are read. DeepSpeed's default, five of 1e8 elements, does not hold one layer.
+
+    Args:
+        sizes: stored elements of this rank's part of each parameter that goes to files, by name.
+    """
+    most = max(Counter(map(layer_of, sizes)).values(), default=1)
+    return {"buffer_count": 2 * most, "buffer_size": max(sizes.values(), default=1)}
 
 
 def make_zero(config: RunConfig, strategy: Strategy, ranks_per_node: int, storage_bytes: int) -> Zero:
