@@ -123,8 +123,8 @@ def _fits(data: Dataset, architecture: object, name: str, packing: bool) -> None
         )
     rope = getattr(architecture, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or positions
-    if packing and rope.get("rope_type") in ("dynamic", "longrope") and longest > original:
+    if packing and rope.get("rope_type") == "longrope" and longest > original:
         raise ModelError(
-            f"{name}: above {original} positions its {rope['rope_type']} scaling depends on the longest row of a "
+            f"{name}: above {original} positions its longrope scaling depends on the longest row of a "
             "sequence, so packed rows would change each other. Set data.packing: false, or lower data.max_length"
         )

@@ -326,12 +326,13 @@ def test_rows_longer_than_the_models_positions_are_refused_before_anything_is_wr
 
 
 def test_long_rows_are_not_packed_where_positions_depend_on_their_length(run_file: RunFile, tmp_path: Path) -> None:
-    folder = tmp_path / "dynamic"
-    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    folder = tmp_path / "longrope"
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 64, **factors}
     make_llama(folder, rope_parameters=scaling)
     make_tokenizer(folder)
-    write_rows(tmp_path / "rows.jsonl", [{"text": "word " * 30}, {"text": "short"}])
-    with pytest.raises(ModelError, match=r"above 64 positions its dynamic scaling .* Set data.packing: false"):
+    write_rows(tmp_path / "rows.jsonl", [{"text": "word " * 50}, {"text": "short"}])
+    with pytest.raises(ModelError, match=r"above 64 positions its longrope scaling .* Set data.packing: false"):
         run(run_file(model={"name": str(folder)}))
     run(run_file(model={"name": str(folder)}, data={"packing": False}))
 
