@@ -28,6 +28,7 @@ from job.published import shape_of
 from job.record import metric_sinks, recorded
 from job.run_folder import RunFolder
 from job.stop import NAMES, StopRequest
+from job.swap import prepare_files
 from job.tokenizer import Tokenizer
 from job.world import World
 
@@ -75,6 +76,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     _fits(data, architecture, config.model.name, config.data.packing)
     checkpoint = first_of_each_node(world, lambda: fetch_weights(config.model, checkpoint, config.storage, say))
     wanted = shares(skeleton, read_headers(checkpoint), config.model.name, STORAGE_BYTES[plan.storage])
+    prepare_files(plan, world, wanted, say)
     plan = plan.with_steps(config.train.max_steps or data.train.steps(config.train.epochs))
     said = f"{plan.steps} steps in {plan.precision} on {world.world_size} x {hardware.name}, {plan.zero.strategy}"
     said += f" ({plan.reason})" if plan.reason else ""
