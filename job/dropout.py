@@ -59,8 +59,9 @@ class RowDropout(nn.Module):
         if not self.training or self.p == 0:
             return x_BTF
         keys = self.places.keys
-        if keys is None or keys.shape != x_BTF.shape[:-1]:
+        if keys is None or keys.numel() != x_BTF.shape[:-1].numel():
             raise RuntimeError(f"dropout got tokens {tuple(x_BTF.shape[:-1])} whose places were not given")
+        keys = keys.view(x_BTF.shape[:-1])  # some architectures (OPT) have all tokens of a batch in one dimension
         dropped: torch.Tensor = _Drop.apply(  # type: ignore[no-untyped-call]
             x_BTF, keys, self._feature_keys(x_BTF), self.p
         )

@@ -18,15 +18,15 @@ from job.world import World
 
 OnRow = Callable[[Metrics], None]
 LEFT_OUT = 25
-"""Steps in a row whose fp16 gradients overflow: the loss scale starts at 2^16 and is halved at each, so after 16 of them
-nothing is scaled any more."""
+"""Steps in a row whose fp16 gradients overflow: the loss scale starts at 2^16 and is halved at each, so after 16 of
+them nothing is scaled any more."""
 
 
 @dataclass
 class Progress:
     """How far a run got. `adapter` holds the trained tensors by name, the best ones when those are kept, whose
-    evaluation loss is `kept_eval`; `left_out` counts the last steps that fp16 left out; `stopped` says why training was enough before its last step, `interrupted` who
-    asked for a stop."""
+    evaluation loss is `kept_eval`; `left_out` counts the last steps that fp16 left out; `stopped` says why training
+    was enough before its last step, `interrupted` who asked for a stop."""
 
     step: int = 0
     first_eval: float | None = None

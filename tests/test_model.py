@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -172,6 +173,20 @@ def test_dropout_of_the_frozen_base_is_off(tmp_path: Path, tiny_model: Path) -> 
     ids = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_dropout_written_as_a_number_is_off_too(tmp_path: Path, tiny_model: Path) -> None:
+    size = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.OPTConfig(**size, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5)
+    transformers.OPTForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load(tmp_path, "fp32").train()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    run = RunConfig.model_validate(settings(tmp_path, "rows.jsonl", "out", lora={"dropout": 0.5}))
+    adapted, places = add_adapter(model, run.lora, 1, "base", torch.float32)
+    places.move(0, np.zeros((1, 9), int), np.arange(9)[None], "cpu")
+    assert adapted.train()(ids).logits.isfinite().all(), "its MLP sees all tokens in one dimension"
 
 
 def test_architectures_whose_packed_rows_see_each_other_are_refused() -> None:
