@@ -1,13 +1,15 @@
 """The process group: opened first of all, it is how ranks agree and how they exchange what each of them read."""
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from job.errors import JobError
+from job.errors import InputError, JobError
 from job.world import World
 
 if not torch.cuda.is_available():
@@ -28,8 +30,37 @@ def connect(world: World, device: str) -> None:
     if world.world_size == 1 and not dist.is_initialized():
         alone = dist.HashStore()  # type: ignore[attr-defined]  # one rank needs no address
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+    if backend == "gloo" and world.nodes > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(os.environ["MASTER_ADDR"]))
+    if device == "cpu" and world.ranks_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # deepspeed's launcher leaves every rank all cores, and threads that wait for each other spin
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // world.ranks_per_node, 1))
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _interface(master: str) -> str:
+    """The network interface through which other hosts reach this one.
+
+    Left alone, gloo announces the address of the host's name, which Debian's /etc/hosts has on loopback.
+
+    Raises:
+        InputError: this host has no address but loopback.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: it asks the routing table
+        own = probe.getsockname()[0]
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    outward = {
+        entry.address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if name in up and entry.family == family and not entry.address.startswith(("127.", "::1", "fe80"))
+    }
+    if not outward:
+        raise InputError(f"this host has no address but loopback, and {master} is another one. Connect it to a network")
+    return outward.get(own) or next(iter(outward.values()))  # the first host may know itself by loopback alone
 
 
 def disconnect() -> None:
@@ -91,7 +122,7 @@ def agreed(world: World, say: Callable[[], str | None], words: Sequence[str]) ->
 
 def lost_peer(fault: BaseException) -> bool:
     """Whether communication failed because another rank is gone."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Socket Timeout")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
     return isinstance(fault, RuntimeError) and any(sign in str(fault) for sign in signs)
 
 

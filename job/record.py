@@ -73,7 +73,7 @@ def _in_words(fault: BaseException, step: int) -> JobError | None:
     if isinstance(fault, OSError):
         return JobError(f"storage failed after step {step}: {reason(fault)}. Check space, network and keys")
     if lost_peer(fault):
-        return JobError(f"another rank ended after step {step}; what it said tells why")
+        return JobError(f"another rank ended after step {step}, or cannot be reached; what it said tells why")
     return None
 
 

@@ -12,7 +12,6 @@ from tests.cluster.hosts import Host
 BIN = Path(sys.executable).parent
 ON_EACH_HOST = {
     "OMP_NUM_THREADS": "1",  # all hosts share this machine's cores
-    "GLOO_SOCKET_IFNAME": "eth0",  # gloo would take the address of the host's name, which is on its loopback
 }
 ENV = {**os.environ, **ON_EACH_HOST, "CUDA_VISIBLE_DEVICES": ""}
 LIMIT_S = 150
