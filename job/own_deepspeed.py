@@ -206,7 +206,10 @@ def contradictions(generated: Json, own: Json, path: str) -> list[str]:
     for key, why in REFUSED.items():
         if _at(own, key) not in (None, False, {}):
             faults.append(f"parallel.deepspeed: {path} sets {key}: {why}")
-    for key, setting in DECIDED.items():
+    decided = dict(DECIDED)
+    if _at(generated, "zero_optimization.offload_param.device") == "nvme":
+        decided["zero_optimization.stage3_max_reuse_distance"] = "offload to nvme"
+    for key, setting in decided.items():
         theirs, ours = _at(own, key), _at(generated, key)
         if theirs is not None and theirs != (ours or 0):
             made = _said(ours or type(theirs)(0))

@@ -46,7 +46,7 @@ def swapped(plan: Plan, world: World, shares: Iterable[Share]) -> dict[str, int]
 def with_buffers(plan: Plan, in_files: dict[str, int]) -> dict[str, Any]:
     """DeepSpeed's configuration with buffers for these parameters; those that one's own JSON names stay."""
     config = plan.deepspeed()
-    if in_files:
+    if plan.zero.offload_parameters == "nvme":
         zero = config["zero_optimization"]
         zero["offload_param"] = swap_buffers(in_files) | zero["offload_param"]
     return config

@@ -18,6 +18,8 @@ PREFETCH_BYTES = 200_000_000
 MAX_LIVE_BYTES = 400_000_000
 """Stored bytes of gathered weights; DeepSpeed's default of 1e9 elements keeps most of a 4-bit 7B base alive. On two
 H200s these cost no speed and 1.5 GiB less than the defaults (bench/RESULTS.md)."""
+SMALLEST_BUFFER = 1 << 21
+"""Elements: adapters pass through the swap buffers once, on their way to where they stay."""
 PERSISTENCE = 1_000_000
 """Adapters and norms stay whole on every rank; DeepSpeed's default of 1e5 gathers adapters in every layer."""
 
@@ -57,9 +59,8 @@ class Zero:
                 "stage3_prefetch_bucket_size": self.prefetch,
                 "stage3_param_persistence_threshold": self.persistence,
                 "stage3_max_live_parameters": self.max_live,
-                # a weight kept for its next use keeps its swap buffer, of which there are few. 0 would be too few:
-                # what the very next module uses is then released and no longer in the queue of what to read
-                "stage3_max_reuse_distance": 1 if self.offload_parameters == "nvme" else self.max_live,
+                # what is kept for its next use keeps its swap buffer, of which there are as many as a layer has weights
+                "stage3_max_reuse_distance": 0 if self.offload_parameters == "nvme" else self.max_live,
             }
         if self.strategy == "hpz":
             zero["zero_hpz_partition_size"] = self.ranks_per_node
@@ -85,16 +86,16 @@ def layer_of(parameter: str) -> str | None:
 
 
 def swap_buffers(sizes: Mapping[str, int]) -> dict[str, int]:
-    """DeepSpeed's buffers between files and GPU: as large as the largest part, and two for each parameter of a layer.
+    """DeepSpeed's buffers between files and GPU: as large as the largest part, and one for each parameter of a layer.
 
-    ZeRO-3 fetches a decoder layer at once, and a parameter holds its buffer until it is released: one layer computes
-    while files of the next are read. DeepSpeed's default, five of 1e8 elements, does not hold one layer.
+    ZeRO-3 fetches a decoder layer at once, and a parameter holds its buffer until it is released. DeepSpeed's default,
+    five of 1e8 elements, does not hold one layer.
 
     Args:
         sizes: stored elements of this rank's part of each parameter that goes to files, by name.
     """
     most = max(Counter(map(layer_of, sizes)).values(), default=1)
-    return {"buffer_count": 2 * most, "buffer_size": max(sizes.values(), default=1)}
+    return {"buffer_count": most, "buffer_size": max([SMALLEST_BUFFER, *sizes.values()])}
 
 
 def make_zero(config: RunConfig, strategy: Strategy, ranks_per_node: int, storage_bytes: int) -> Zero:
@@ -110,12 +111,18 @@ def make_zero(config: RunConfig, strategy: Strategy, ranks_per_node: int, storag
         offload_parameters=config.parallel.offload_parameters,
         nvme_path=config.parallel.nvme_path,
         bucket=BUCKET if config.parallel.bucket is None else config.parallel.bucket,
-        prefetch=PREFETCH_BYTES // storage_bytes if config.parallel.prefetch is None else config.parallel.prefetch,
+        prefetch=_prefetch(config, storage_bytes),
         persistence=PERSISTENCE if config.parallel.persistence is None else config.parallel.persistence,
         max_live=MAX_LIVE_BYTES // storage_bytes if config.parallel.max_live is None else config.parallel.max_live,
         overlap_comm=config.parallel.overlap_comm,
         contiguous_gradients=config.parallel.contiguous_gradients,
     )
+
+
+def _prefetch(config: RunConfig, storage_bytes: int) -> int:
+    if config.parallel.prefetch is not None:
+        return config.parallel.prefetch
+    return 0 if config.parallel.offload_parameters == "nvme" else PREFETCH_BYTES // storage_bytes
 
 
 def zero_faults(config: RunConfig, strategy: Strategy, nodes: int) -> list[str]:
@@ -138,6 +145,10 @@ def zero_faults(config: RunConfig, strategy: Strategy, nodes: int) -> list[str]:
         faults.append(f"parallel.offload_parameters: {strategy} holds the base on every GPU. Use zero3")
     if strategy == "hpz" and config.parallel.offload_parameters == "nvme":
         faults.append("parallel.offload_parameters: hpz keeps the node's copy in memory. Use cpu or none, or zero3")
+    if sharded and config.parallel.offload_parameters == "nvme" and config.parallel.prefetch:
+        # after an evaluation it releases what it no longer fetches, by decisions cached for another order of modules
+        # (deepspeed 0.19.8, partitioned_param_coordinator.py), while what comes later holds all buffers
+        faults.append("parallel.prefetch: DeepSpeed runs out of buffers when it reads ahead from files. Use 0")
     if not sharded and config.parallel.offload_optimizer == "nvme":
         faults.append(f"parallel.offload_optimizer: {strategy} cannot use nvme. Use cpu, or parallel.strategy: zero3")
     if config.parallel.offload_optimizer != "none" and config.train.optimizer != "adamw":
