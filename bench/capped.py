@@ -29,10 +29,11 @@ def main(work: Path) -> None:
             *("train.global_batch_size=2", f"output.url={work / f'capped-{processes}'}"),
         ]
         (work / "run.yaml").write_text("model: {}\ndata: {}\noutput: {}\n")
-        env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": f"per_process_memory_fraction:{share:.5f}"}
-        done = subprocess.run([sys.executable, "-m", "job", *words], capture_output=True, text=True, env=env)
-        print(f"{processes} x {CAP_GIB} GiB, {strategy}: exit code {done.returncode}")
-        print("\n".join(f"  {line}" for line in done.stderr.splitlines()[-6:]), flush=True)
+        how = f"per_process_memory_fraction:{share:.5f},expandable_segments:True"
+        env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": how}
+        print(f"{processes} x {CAP_GIB} GiB, {strategy}", flush=True)
+        done = subprocess.run([sys.executable, "-m", "job", *words], stderr=subprocess.STDOUT, env=env)
+        print(f"exit code {done.returncode}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from job import __version__
-from job.errors import JobError
+from job.errors import Interrupted, JobError
 
 app = typer.Typer(
     name="qlora",
@@ -72,8 +72,11 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
     world = World.from_env(os.environ, context.obj)
     try:
         outcome = run(settings_read, world, _say if world.speaks else lambda line: None)
-    finally:
-        disconnect()
+    except BaseException as fault:
+        if world.world_size == 1 or isinstance(fault, Interrupted):
+            disconnect()
+        raise  # alone with a fault, a rank would wait in disconnect for the others, and nobody would learn of it
+    disconnect()
     if not world.speaks:
         return
     if outcome.state == "already finished":

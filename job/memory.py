@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from job.activations import Job, kept_bytes, layer_bytes, working_bytes
 from job.shape import Linear, Shape
-from job.zero import STAGE
+from job.zero import STAGE, swap_buffers
 
 __all__ = ["GIB", "Item", "Job", "Memory", "memory", "trained_elements"]
 
@@ -27,9 +27,6 @@ PROCESS_GIB = 1.9
 """Resident memory of a rank's process: Python, torch and the libraries of CUDA; 1.5 to 2 GiB."""
 READ_GIB = 0.25
 """Buffers of a checkpoint that is read ahead."""
-SWAP_BUFFERS = 5
-SWAP_ELEMENTS = 100_000_000
-"""DeepSpeed's pinned buffers for parameters in files (offload_config.py: buffer_count and buffer_size)."""
 MOMENT_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Bytes a trained element of Adam's two moments."""
 
@@ -233,9 +230,19 @@ def _host(shape: Shape, job: Job, trained: int) -> list[Item]:
     if _shards(job) and job.offload_parameters != "none":
         stored = _stored_width(job) * shape.quantized + job.item * shape.kept
         whole = here * stored / job.ranks + (stored if job.strategy == "hpz" else 0)
-        swap = here * SWAP_BUFFERS * SWAP_ELEMENTS * job.item
-        items.append(Item("base, pinned", (whole if job.offload_parameters == "cpu" else swap) / GIB))
+        items.append(Item("base, pinned", (whole if job.offload_parameters == "cpu" else _in_files(shape, job)) / GIB))
     return items
+
+
+def _in_files(shape: Shape, job: Job) -> float:
+    """Host bytes of a node whose linears lie in files: what stays in 16 bits, and a buffer for each linear of a layer,
+    as large as the largest part (`zero.swap_buffers`)."""
+    linears = {f"layers.0.{linear.path}": linear.numel for linear in shape.linears}
+    parts = {name: round(_stored_width(job) * numel / job.storage_bytes / job.ranks) for name, numel in linears.items()}
+    buffers = swap_buffers(parts)
+    here = job.ranks_per_node
+    locked = here * buffers["buffer_count"] * buffers["buffer_size"] * job.storage_bytes
+    return locked + here * job.item * shape.kept / job.ranks
 
 
 def _notes(shape: Shape, job: Job) -> tuple[str, ...]:
