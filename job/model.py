@@ -33,7 +33,8 @@ def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> An
     """The module on the meta device, its linears replaced by quantized ones, everything frozen.
 
     Raises:
-        ModelError: transformers has no such architecture, or cannot use the attention asked for.
+        ModelError: transformers has no such architecture, or cannot use the attention asked for, or its experts are
+            fused and would not be quantized.
     """
     attention = None if run.model.attention == "auto" else run.model.attention  # None: sdpa where there is one
     try:
@@ -52,9 +53,19 @@ def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> An
         for module in model.modules():
             if type(module) is bnb.nn.Linear4bit:
                 module.__class__ = FrozenLinear4bit
+        _refuse_fused_experts(model, run.model.name)
     model.requires_grad_(False)
     _no_base_dropout(model)
     return model
+
+
+def _refuse_fused_experts(model: nn.Module, name: str) -> None:
+    fused = next((key for key, value in model.named_parameters() if value.dim() == 3 and "expert" in key), None)
+    if fused:
+        raise ModelError(
+            f"model.name: {name}: {fused} holds all experts in one tensor, which bitsandbytes does not quantize: most "
+            "of the model would stay in 16 bits. Use a dense model, or quantization.type: none"
+        )
 
 
 def _bnb_config(quantization: Quantization, compute_dtype: str) -> transformers.BitsAndBytesConfig:

@@ -109,6 +109,11 @@ def make_plan(
         )
     if train.optimizer == "paged_adamw_8bit" and hardware.device == "cpu":
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
+    if shape and shape.experts_per_token > 1 and config.quantization.type != "none":
+        faults.append(
+            f"quantization.type: {config.quantization.type} does not reach the experts of {model_type}, which are "
+            "fused and would stay in 16 bits. Use a dense model, or none"
+        )
     faults += _attention_faults(config, hardware)
     # DeepSpeed swaps to files through buffers of the computing type alone
     storage: Storage = precision if config.parallel.offload_parameters == "nvme" else "uint8"

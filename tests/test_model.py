@@ -175,6 +175,14 @@ def test_dropout_of_the_frozen_base_is_off(tmp_path: Path, tiny_model: Path) -> 
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+def test_experts_that_would_stay_in_16_bits_are_refused(tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**size, intermediate_size=64, num_local_experts=4, num_key_value_heads=2)
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"holds all experts in one tensor, .* Use a dense model"):
+        load(tmp_path)
+
+
 def test_dropout_written_as_a_number_is_off_too(tmp_path: Path, tiny_model: Path) -> None:
     size = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.OPTConfig(**size, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5)

@@ -1,5 +1,7 @@
 """The arithmetic that settings and machine imply."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from job.errors import ConfigError
 from job.plan import Plan, make_plan
 from job.world import Hardware, World
 from tests.test_config import LEAST
+from tests.test_memory import LLAMA_70B
 
 CPU = Hardware("cpu", "this CPU", bf16=True, memory_gib=8)
 H200 = Hardware("cuda", "NVIDIA H200", bf16=True, memory_gib=140)
@@ -170,3 +173,33 @@ def test_flash_attention_with_several_sequences_a_forward_is_refused_for_it_woul
     with pytest.raises(ConfigError, match=message):
         plan("model.attention=flash_attention_2", "train.micro_batch_size=2", hardware=H200)
     assert plan("model.attention=flash_attention_2", hardware=H200).micro_batch_size == 1
+
+
+def test_experts_that_quantization_does_not_reach_are_refused_before_anything_is_loaded() -> None:
+    shape = replace(LLAMA_70B, model_type="mixtral", experts_per_token=2)
+    with pytest.raises(ConfigError, match=r"quantization.type: nf4 does not reach the experts of mixtral"):
+        make_plan(parse_config(LEAST), World(), H200, "mixtral", shape)
+    make_plan(parse_config(LEAST, ["quantization.type=none"]), World(), H200, "mixtral", shape)
+
+
+def test_auto_is_replicate_where_it_fits_and_zero3_where_only_that_does() -> None:
+    pair = World(0, 2, local_world_size=2)
+    shape = LLAMA_70B
+    for memory, expected, said in (
+        (139.8, "replicate", r"[\d.]+ GiB of 139.8 GiB a GPU"),
+        (40.0, "zero3", r"[\d.]+ GiB of 40.0 GiB a GPU \(replicate takes [\d.]+\)"),
+    ):
+        hardware = Hardware("cuda", "GPU", True, memory, 2)
+        made = make_plan(parse_config(LEAST), pair, hardware, "llama", shape)
+        assert made.zero.strategy == expected
+        assert re.fullmatch(said, made.reason)
+    with pytest.raises(ConfigError, match=r"parallel.strategy: nothing fits: zero3 takes [\d.]+ GiB of 16.0 GiB"):
+        make_plan(parse_config(LEAST), pair, Hardware("cuda", "GPU", True, 16.0, 2), "llama", shape)
+    forced = make_plan(
+        parse_config(LEAST, ["parallel.strategy=replicate"]),
+        pair,
+        Hardware("cuda", "GPU", True, 30.0, 2),
+        "llama",
+        shape,
+    )
+    assert forced.zero.strategy == "replicate" and forced.reason.endswith(", which will hardly do")
