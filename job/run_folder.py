@@ -8,7 +8,7 @@ from typing import Literal
 
 import yaml
 
-from job.config import RunConfig, changes, parse_config
+from job.config import RunConfig, changes, parse_config, without_signatures
 from job.errors import InputError, OutputError
 from job.sinks import forget_metrics
 from job.store import Store, reason
@@ -105,7 +105,7 @@ class RunFolder:
             OutputError: the URL cannot be written.
         """
         try:
-            text = yaml.dump(self.config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+            text = yaml.dump(without_signatures(self.config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
             if self.old is not None:
                 forget_metrics(self.store)
             self.store.write(SETTINGS, text.encode())

@@ -248,3 +248,38 @@ def test_the_hash_follows_fixed_settings_only(key: str) -> None:
 )
 def test_rules_are_those_of_the_contract(rule: str, keys: str) -> None:
     assert {rule_of(FIELDS[key]).name for key in keys.split()} == {rule}
+
+
+@pytest.mark.parametrize("key", ["model.name", "data.train", "evaluation.file", "output.url", "storage.endpoint"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://anna:geheim@host/rows.jsonl",
+        "s3://KEY:ge/heim@bucket/rows.jsonl",
+        "https://geheim@host:8080/x",
+        "simplecache::https://anna:1geheim?#@host/x",
+    ],
+)
+def test_an_address_with_a_user_name_or_password_is_refused_and_not_shown(key: str, url: str) -> None:
+    expected = f"{key}: holds a user name or password. Put keys into the environment or an .env file"
+    assert faults(f"{key}={url}") == (expected,)
+    if key in ("data.train", "evaluation.file"):
+        assert faults(f"{key}=[rows.jsonl, '{url}']") == (expected,)
+    else:
+        assert faults(f"{key}=['{url}']") == (f"{key}: list is wrong: {TEXT}",)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host:8080/rows@v1.jsonl",
+        "http://[::1]:9000/rows@v1.jsonl",
+        "https://host/rows.jsonl?mail=a:b@c",
+        "hf://datasets/owner/name@main/rows.jsonl",
+        "hf://gpt2@main",
+        "s3://bucket/a@b:train[:1%]",
+        "folder@home/rows.jsonl",
+    ],
+)
+def test_an_at_sign_elsewhere_in_an_address_is_no_password(url: str) -> None:
+    assert minimal(f"data.train={url}").data.train == url

@@ -61,6 +61,23 @@ def test_begin_writes_settings_that_read_back_equal_and_a_status(place: dict[str
     assert datetime.fromisoformat(status["updated"]).tzinfo is not None
 
 
+def test_signatures_of_addresses_are_not_written_and_a_freshly_signed_address_is_the_same_run(tmp_path: Path) -> None:
+    def signed(signature: str, name: str = "a.jsonl") -> RunConfig:
+        return config(
+            tmp_path,
+            data={"train": [f"https://host/{name}?X-Sig={signature}:train[:1%]", "part-?.jsonl"]},
+            evaluation={"file": f"http://host/b.jsonl?a=1&token={signature}#{signature}"},
+        )
+
+    finished(signed("geheim"))
+    text = (tmp_path / "run.yaml").read_text()
+    assert "geheim" not in text
+    assert "https://host/a.jsonl:train[:1%]" in text and "part-?.jsonl" in text and "http://host/b.jsonl" in text
+    assert RunFolder(signed("tomorrow")).already_finished()
+    said = refusal(signed("tomorrow", "other.jsonl"))
+    assert "data.train: [" in said and "tomorrow" not in said
+
+
 @pytest.mark.parametrize("text", ["12e4567", "1_000", "yes", "null", "0x10", "2026-01-01", "1e5", "007"])
 def test_words_that_yaml_might_take_for_numbers_read_back_as_words(tmp_path: Path, text: str) -> None:
     asked = config(tmp_path, model={"revision": text})

@@ -2,7 +2,7 @@
 
 from job.config.load import load_config, load_dotenv_file, parse_config
 from job.config.run import RunConfig, fields, rule_of
-from job.config.same_run import Change, changes, fixed_hash
+from job.config.same_run import Change, changes, fixed_hash, without_signatures
 
 __all__ = [
     "Change",
@@ -14,4 +14,5 @@ __all__ = [
     "load_dotenv_file",
     "parse_config",
     "rule_of",
+    "without_signatures",
 ]

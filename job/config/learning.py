@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from job.config.rules import Extendable, Fixed, Free
 from job.config.section import Section, works_only
+from job.config.urls import NO_KEYS
 
 PLACE = re.compile(r"\{\{|\}\}|\{(\w+)\}|\{[^{}]*\}|[{}]")
 """Braces in a template: doubled ones stand for themselves, {word} is a field (group 1), all others are a fault."""
@@ -38,7 +39,7 @@ def _places(part: str, text: str) -> list[str]:
 class Model(Section):
     """The pretrained model that is adapted."""
 
-    name: Fixed[str]
+    name: Annotated[Fixed[str], NO_KEYS]
     """Hub id (owner/name), folder or URL of a transformers checkpoint in safetensors; pickled weights and a GGUF file
     are converted first. Required. Fixed."""
     revision: Fixed[str | None] = None
@@ -92,7 +93,7 @@ class Lora(Section):
 class Data(Section):
     """The rows and how they become sequences."""
 
-    train: Fixed[str | list[str]]
+    train: Annotated[Fixed[str | list[str]], NO_KEYS]
     """File, glob, folder or URL of JSON, JSONL, Parquet or CSV (compressed too), or a hub id; a list joins
     several. A split or slice follows a colon: owner/name:train[:1%]. Required. Fixed."""
     format: Fixed[str] = "auto"
@@ -147,7 +148,7 @@ class Data(Section):
 class Evaluation(Section):
     """Loss on rows that are not trained on: before training, on the way, and after."""
 
-    file: Extendable[str | list[str] | None] = None
+    file: Annotated[Extendable[str | list[str] | None], NO_KEYS] = None
     """Held-out rows, named as in data.train; off (null) leaves only evaluation.share. Extendable."""
     share: Fixed[float] = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows that is held out instead of trained on, 0 to 1; off is 0. Fixed."""

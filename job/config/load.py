@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from job.config.run import RunConfig
+from job.config.urls import holds_keys
 from job.errors import ConfigError
 
 
@@ -126,7 +127,7 @@ def _sentence(error: ErrorDetails) -> tuple[str, str]:
         fault = str(error["ctx"]["error"])
         return "" if fault.startswith(f"{where}.") else f"{where}: ", fault
     found = error["input"]
-    shown = type(found).__name__ if isinstance(found, (Mapping, BaseModel)) else repr(found)
+    shown = type(found).__name__ if isinstance(found, (Mapping, BaseModel)) or holds_keys(str(found)) else repr(found)
     if error["type"] == "model_type":
         return f"{where}: {shown} is no section. ", "Write its settings beneath it, indented"
     return f"{where}: {shown} is wrong: ", error["msg"][0].lower() + error["msg"][1:]

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from job.config.rules import Extendable, Free
 from job.config.section import Section, works_only
+from job.config.urls import NO_KEYS
 
 _NO_CHECKPOINTS = "Checkpoints are not there yet: a run is written once, at its end"
 
@@ -77,7 +78,7 @@ class Checkpoint(Section):
 class Storage(Section):
     """How object storage is reached. Keys come from the environment or an .env file, never from here."""
 
-    endpoint: Free[str | None] = None
+    endpoint: Annotated[Free[str | None], NO_KEYS] = None
     """URL of an S3-compatible server; off (null) is AWS. Free."""
     region: Free[str | None] = None
     """Region of the bucket; off (null) is the environment's. Free."""
@@ -110,7 +111,7 @@ class Storage(Section):
 class Output(Section):
     """Where the results go."""
 
-    url: Free[str]
+    url: Annotated[Free[str], NO_KEYS]
     """Folder or URL (file, s3, gs, memory) that holds this run and no other. Required. Free."""
 
     @field_validator("url")
