@@ -36,6 +36,7 @@ DECIDED = {
 _NOTHING = "does nothing without model parallelism. Remove it"
 _TWICE = "would quantize 4-bit codes once more. Remove it"
 _MASTERS = "would train without fp32 masters. Remove it"
+_SCATTERED = "DeepSpeed shards gradients without it. Remove it"
 REFUSED = {
     "optimizer": "train.optimizer, train.learning_rate and train.weight_decay decide. Remove it",
     "scheduler": "train.schedule and train.warmup_steps decide. Remove it",
@@ -50,14 +51,20 @@ REFUSED = {
     "activation_checkpointing.cpu_checkpointing": "train.recompute decides. Remove it",
     "zero_optimization.zero_quantized_weights": _TWICE,
     "zero_optimization.zero_quantized_nontrainable_weights": _TWICE,
+    "gradient_predivide_factor": _SCATTERED,
+    "prescale_gradients": _SCATTERED,
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": "fetches only weights that are all of one type. Remove it",
     "zero_optimization.zero_quantized_gradients": "would change the losses. Remove it",
     "aio.thread_count": "is an old name. Use intra_op_parallelism",
     "zero_optimization.cpu_offload": "is an old name. Use offload_optimizer: {device: cpu}",
 }
-"""Keys that do not work here when they are set to anything but false."""
+"""Keys that do not work here when they are set to anything but false; stage3_... does no harm under other stages."""
+_OFF = {"gradient_predivide_factor": 1}
+"""What else than false turns them off."""
 
 _SWITCH, _NUMBER, _TEXT, _BLOCK = "true or false", "a number", "text", "an object"
-_WHOLE, _COUNT = "a whole number, 0 or more", "a whole number, 1 or more"
+_WHOLE, _COUNT, _ANY_WHOLE = "a whole number, 0 or more", "a whole number, 1 or more", "a whole number"
+_LIST = "a list"
 _KINDS = {
     "": {
         _COUNT: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print",
@@ -101,24 +108,37 @@ _KINDS = {
         _SWITCH: "synchronize_checkpoint_boundary profile",
         _WHOLE: "number_checkpoints",
     },
+    "comms_logger": {_SWITCH: "enabled prof_all verbose debug", _LIST: "prof_ops"},
+    "flops_profiler": {
+        _SWITCH: "enabled detailed",
+        _NUMBER: "recompute_fwd_factor",
+        _COUNT: "profile_step top_modules",
+        _ANY_WHOLE: "module_depth",
+        _TEXT: "output_file",
+    },
 }
-"""Keys that are taken, by block and kind of value; those of other blocks are DeepSpeed's business."""
+"""Keys that are taken, by block and kind of value."""
 _CHOICES = {
+    "communication_data_type": ("fp16", "bf16", "fp32"),
+    "log_level": ("debug", "info", "warning", "error", "critical"),
     "zero_optimization.stage": (0, 1, 2, 3),
     "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
     "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
 }
+_ANY_CASE = ("communication_data_type", "log_level")
+"""Those of them that DeepSpeed takes in capitals too."""
 
 
-def read_own(config: RunConfig) -> Json:
-    """The JSON that parallel.deepspeed names, without its "auto" and null values; empty when there is none.
+def read_own(config: RunConfig) -> tuple[Json, list[str]]:
+    """The JSON that parallel.deepspeed names, without its "auto" and null values, and what is taken otherwise than it
+    says, a sentence each; empty when there is none.
 
     Raises:
         ConfigError: it is missing or no JSON object, or has keys or values that DeepSpeed does not know; all of them.
     """
     path = config.parallel.deepspeed
     if path is None:
-        return {}
+        return {}, []
     try:
         own = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
@@ -129,12 +149,16 @@ def read_own(config: RunConfig) -> Json:
     own = _without_auto(own)
     if faults := list(_faults(own)):
         raise ConfigError(path, faults)
-    zero = own.get("zero_optimization", {})
-    if zero.get("stage") == 0:
-        zero["stage"] = 1  # see zero.STAGE
+    zero, notes = own.get("zero_optimization", {}), []
     if zero.get("zero_hpz_partition_size", 1) < 2:
         zero.pop("zero_hpz_partition_size", None)
-    return own
+    if "zero_hpz_partition_size" in zero and zero.get("stage", 3) != 3:
+        size = f"zero_optimization.zero_hpz_partition_size: {zero['zero_hpz_partition_size']}"
+        raise ConfigError(path, [f"{size} needs stage 3, and stage is {zero['stage']}. Use stage 3, or remove it"])
+    if zero.get("stage") == 0:
+        zero["stage"] = 1  # see zero.STAGE
+        notes = [f"stage 0 of {path} is taken as stage 1: it would train without fp32 masters"]
+    return own, notes
 
 
 def _faults(values: Json, block: str = "") -> Iterator[str]:
@@ -142,14 +166,14 @@ def _faults(values: Json, block: str = "") -> Iterator[str]:
     kinds = {name: kind for kind, names in _KINDS[block].items() for name in names.split()}
     for name, value in values.items():
         key = f"{block}.{name}" if block else name
-        if key in REFUSED:
+        if key in REFUSED and name not in kinds:
             continue  # told with all other contradictions
         if name not in kinds:
             refused = {other.rpartition(".")[2] for other in REFUSED if other.rpartition(".")[0] == block}
             yield f"{key}: unknown name. {suggest(name, kinds.keys() | refused)}"
         elif not _is(value, kinds[name]):
             yield f"{key}: {json.dumps(value)} is wrong: expected {kinds[name]}"
-        elif key in _CHOICES and value not in _CHOICES[key]:
+        elif key in _CHOICES and (value.lower() if key in _ANY_CASE else value) not in _CHOICES[key]:
             *others, last = map(str, _CHOICES[key])
             yield f"{key}: {json.dumps(value)} is wrong: expected {', '.join(others)} or {last}"
         elif key in _KINDS:
@@ -162,9 +186,11 @@ def _is(value: Any, kind: str) -> bool:
         _SWITCH: isinstance(value, bool),
         _WHOLE: isinstance(value, int) and number and value >= 0,
         _COUNT: isinstance(value, int) and number and value >= 1,
+        _ANY_WHOLE: isinstance(value, int) and number,
         _NUMBER: number,
         _TEXT: isinstance(value, str),
         _BLOCK: isinstance(value, dict),
+        _LIST: isinstance(value, list),
     }[kind]
 
 
@@ -203,8 +229,10 @@ def adopt(config: RunConfig, own: Json) -> tuple[RunConfig, list[str]]:
 def contradictions(generated: Json, own: Json, path: str) -> list[str]:
     """A sentence for each key of the JSON that the run file decides otherwise, or that does not work here."""
     faults = []
+    sharded = _at(generated, "zero_optimization.stage") == 3
     for key, why in REFUSED.items():
-        if _at(own, key) not in (None, False, {}):
+        idle = "stage3_" in key and not sharded
+        if _at(own, key) not in (None, False, {}, _OFF.get(key)) and not idle:
             faults.append(f"parallel.deepspeed: {path} sets {key}: {why}")
     decided = dict(DECIDED)
     if _at(generated, "zero_optimization.offload_param.device") == "nvme":

@@ -96,10 +96,11 @@ def make_plan(
     Raises:
         ConfigError: settings and machine do not go together; all faults at once.
     """
-    own = read_own(config)
+    own, notes = read_own(config)
     config, faults = adopt(config, own)
     train = config.train
-    precision, notes = _precision(config, hardware, model_type, faults)
+    precision, said = _precision(config, hardware, model_type, faults)
+    notes += said
     one_round = train.micro_batch_size * world.world_size
     if train.global_batch_size % one_round:
         below = max(train.global_batch_size - train.global_batch_size % one_round, one_round)

@@ -234,6 +234,7 @@ def test_a_part_of_the_node_that_is_not_the_node_is_a_contradiction(faults: Call
 NOTHING = "does nothing without model parallelism. Remove it"
 TWICE = "would quantize 4-bit codes once more. Remove it"
 MASTERS = "would train without fp32 masters. Remove it"
+SCATTERED = "DeepSpeed shards gradients without it. Remove it"
 
 
 @pytest.mark.parametrize(
@@ -273,6 +274,13 @@ MASTERS = "would train without fp32 masters. Remove it"
             )
         ),
         ({"aio": {"thread_count": 1}}, "aio.thread_count", "is an old name. Use intra_op_parallelism"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor", SCATTERED),
+        ({"prescale_gradients": True}, "prescale_gradients", SCATTERED),
+        (
+            zero(stage=3, stage3_use_all_reduce_for_fetch_params=True),
+            "zero_optimization.stage3_use_all_reduce_for_fetch_params",
+            "fetches only weights that are all of one type. Remove it",
+        ),
     ],
 )
 def test_what_does_not_work_here_is_refused_with_its_reason(
@@ -283,7 +291,29 @@ def test_what_does_not_work_here_is_refused_with_its_reason(
 
 def test_what_does_not_work_may_be_there_when_it_is_off(plan: Callable[..., Plan]) -> None:
     own = {"optimizer": None, "activation_checkpointing": {"partition_activations": False}, "amp": {}}
+    own |= {"gradient_predivide_factor": 1.0, "prescale_gradients": False}
     assert plan(own | zero(stage=2, zero_quantized_weights=False)).zero.strategy == "zero2"
+    assert plan(zero(stage=2, stage3_use_all_reduce_for_fetch_params=True)).zero.strategy == "zero2"
+
+
+def test_stage_0_is_stage_1_and_the_plan_says_so(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    made = plan(zero(stage=0))
+    assert made.deepspeed()["zero_optimization"]["stage"] == 1
+    assert made.notes == (f"stage 0 of {tmp_path}/ds.json is taken as stage 1: it would train without fp32 masters",)
+    assert plan(zero(stage=1)).notes == ()
+
+
+def test_profilers_and_choices_in_capitals_are_taken_as_deepspeed_takes_them(plan: Callable[..., Plan]) -> None:
+    own = {
+        "communication_data_type": "BF16",
+        "log_level": "Warning",
+        "flops_profiler": {"enabled": True, "profile_step": 1, "module_depth": -1, "output_file": None},
+        "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
+    }
+    config = plan(own).deepspeed()
+    assert (config["communication_data_type"], config["log_level"]) == ("BF16", "Warning")
+    assert config["flops_profiler"] == {"enabled": True, "profile_step": 1, "module_depth": -1}
+    assert config["comms_logger"] == own["comms_logger"]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +349,32 @@ def test_what_does_not_work_may_be_there_when_it_is_off(plan: Callable[..., Plan
         ({"gradient_clipping": True}, "gradient_clipping: true is wrong: expected a number"),
         ({"gradient_clipping": float("nan")}, "gradient_clipping: NaN is wrong: expected a number"),
         ({"bf16": True}, "bf16: true is wrong: expected an object"),
+        (
+            zero(stage=2, zero_hpz_partition_size=2),
+            "zero_optimization.zero_hpz_partition_size: 2 needs stage 3, and stage is 2. Use stage 3, or remove it",
+        ),
+        (
+            zero(stage=0, zero_hpz_partition_size=2),
+            "zero_optimization.zero_hpz_partition_size: 2 needs stage 3, and stage is 0. Use stage 3, or remove it",
+        ),
+        (
+            zero(stage=2, stage3_use_all_reduce_for_fetch_params=3),
+            "zero_optimization.stage3_use_all_reduce_for_fetch_params: 3 is wrong: expected true or false",
+        ),
+        (
+            {"communication_data_type": "int8"},
+            'communication_data_type: "int8" is wrong: expected fp16, bf16 or fp32',
+        ),
+        (
+            {"log_level": "loud"},
+            'log_level: "loud" is wrong: expected debug, info, warning, error or critical',
+        ),
+        (
+            {"flops_profiler": {"profile_stop": 1}},
+            'flops_profiler.profile_stop: unknown name. Did you mean "profile_step"? Valid: detailed, enabled, '
+            "module_depth, output_file, profile_step, recompute_fwd_factor, top_modules.",
+        ),
+        ({"comms_logger": {"prof_ops": "all"}}, 'comms_logger.prof_ops: "all" is wrong: expected a list'),
         (
             {"aio": {"block_sise": 1}},
             'aio.block_sise: unknown name. Did you mean "block_size"? Valid: block_size, intra_op_parallelism, '
