@@ -27,7 +27,7 @@ from job.plan import Plan, make_plan
 from job.published import published
 from job.shape import Shape, read_shape
 from job.store import Store, is_url
-from job.world import Hardware, World
+from job.world import Hardware, World, ranks_on
 
 SAMPLE = 500
 """Rows whose tokens are counted for the estimate of steps."""
@@ -200,20 +200,19 @@ def planned_for(
     """The ranks and what they compute on: what is asked for, else what this machine shows, else its CPU.
 
     Raises:
-        ConfigError: GPUs are asked for whose memory is not known.
+        ConfigError: GPUs are asked for whose memory is not known, or more ranks than GPUs.
     """
-    here = seen_gpus()
+    here, wanted = seen_gpus(), config.parallel.processes
     if gpus is None and gpu_memory_gib is None and here is None:
         cores = len(os.sched_getaffinity(0))
         hardware = Hardware("cpu", f"{cores} CPU cores", True, psutil.virtual_memory().total / 2**30)
     elif gpu_memory_gib is not None:
-        hardware = Hardware("cuda", "GPU", True, gpu_memory_gib, gpus or 1)
+        hardware = Hardware("cuda", "GPU", True, gpu_memory_gib, gpus or (1 if wanted == "all" else wanted))
     elif here is not None:
         hardware = replace(here, gpus=gpus or here.gpus)
     else:
         raise ConfigError("the command", ["--gpus: here is no GPU to ask for its memory. Give --gpu-memory too"])
-    wanted = config.parallel.processes
-    ranks = max(hardware.gpus, 1) if wanted == "all" else wanted
+    ranks = ranks_on(wanted, hardware.gpus)
     return World(world_size=ranks * nodes, local_world_size=ranks), hardware
 
 

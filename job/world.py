@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from job.errors import InputError
+from job.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,21 @@ class Hardware:
     bf16: bool
     memory_gib: float
     gpus: int = 0
+
+
+def ranks_on(processes: Literal["all"] | int, gpus: int) -> int:
+    """How many ranks parallel.processes means on a machine of so many GPUs: all is one a GPU, or one on a CPU.
+
+    Raises:
+        ConfigError: there are fewer GPUs.
+    """
+    if processes == "all":
+        return max(gpus, 1)
+    if gpus and processes > gpus:
+        raise ConfigError(
+            "the settings for this machine", [f"parallel.processes: {processes}, and here are {gpus} GPUs. Use all"]
+        )
+    return processes
 
 
 def started_by_launcher(env: Mapping[str, str]) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from job.config import load_config
 from job.errors import ConfigError, ModelError
+from job.launch.local import workers
 from job.outlook import Outlook, look_ahead, planned_for
 from job.world import Hardware, World
 from tests.conftest import REPOSITORY, alpaca_rows, losses, qlora, write_rows
@@ -68,6 +69,18 @@ def test_gpus_without_their_memory_are_refused(run_file: RunFile, monkeypatch: p
     monkeypatch.setattr("job.outlook.seen_gpus", lambda: None)
     with pytest.raises(ConfigError, match=r"--gpus: here is no GPU to ask for its memory. Give --gpu-memory too"):
         planned_for(load_config(str(run_file())), 1, 8, None)
+
+
+def test_more_ranks_than_gpus_are_refused_as_train_does(run_file: RunFile) -> None:
+    four = load_config(str(run_file()), ["parallel.processes=4"])
+    with pytest.raises(ConfigError) as planned:
+        planned_for(four, 1, 2, 80)
+    with pytest.raises(ConfigError) as started:
+        workers(four, 2)
+    assert planned.value.faults == started.value.faults
+    assert planned.value.faults == ("parallel.processes: 4, and here are 2 GPUs. Use all",)
+    assert planned_for(four, 1, 8, 80)[0].world_size == 4
+    assert planned_for(four, 1, None, 80)[0].world_size == 4, "as many GPUs as ranks when nobody says how many"
 
 
 def test_gpus_are_asked_of_the_driver(tmp_path: Path, run_file: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:

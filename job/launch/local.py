@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from job.config import RunConfig
-from job.errors import ConfigError
 from job.stop import SIGNALS
+from job.world import ranks_on
 
 LAST_WORDS_S = 10.0
 """How long the others may go on when one worker has ended with a fault: they mostly have the same one."""
@@ -29,14 +29,7 @@ def workers(config: RunConfig, gpus: int) -> int:
     Raises:
         ConfigError: there are fewer GPUs.
     """
-    wanted = config.parallel.processes
-    if wanted == "all":
-        return max(gpus, 1)
-    if gpus and wanted > gpus:
-        raise ConfigError(
-            "the settings for this machine", [f"parallel.processes: {wanted}, and here are {gpus} GPUs. Use all"]
-        )
-    return wanted
+    return ranks_on(config.parallel.processes, gpus)
 
 
 def start(words: Sequence[str], count: int, gpus: int, say: Say) -> int:
