@@ -53,7 +53,7 @@ REFUSED = {
     "zero_optimization.zero_quantized_nontrainable_weights": _TWICE,
     "gradient_predivide_factor": _SCATTERED,
     "prescale_gradients": _SCATTERED,
-    "zero_optimization.stage3_use_all_reduce_for_fetch_params": "fetches only weights that are all of one type. Remove it",
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": "fetches weights of one type alone. Remove it",
     "zero_optimization.zero_quantized_gradients": "would change the losses. Remove it",
     "aio.thread_count": "is an old name. Use intra_op_parallelism",
     "zero_optimization.cpu_offload": "is an old name. Use offload_optimizer: {device: cpu}",

@@ -4,6 +4,7 @@ Nothing is loaded. From names and shapes alone, the 2-D weights inside numbered 
 hands to bitsandbytes; embeddings, output layer, norms, biases and weights of any other rank stay as they are.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ NAMES = {
     "experts_per_token": ("num_experts_per_tok", "moe_topk", "top_k_experts"),
 }
 """What config.json calls the sizes, by family; the first that is there counts."""
+REQUIRED = ("hidden", "layers", "vocabulary", "heads")
+"""Sizes that every decoder model has; the others may be off (0), or a list with one for each layer."""
 
 _LAYER = re.compile(r"^(.*?)(?<![^.])(\d+)\.(.+)$")
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
@@ -112,7 +115,10 @@ def read_shape(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Shap
     Raises:
         ModelError: the checkpoint has no numbered layers, is quantized already, or does not fit its config.json.
     """
-    text = {**config, **(config.get("text_config") or {})}
+    nested = config.get("text_config") or {}
+    if not isinstance(nested, Mapping):
+        raise _wrong(str(config.get("model_type", "this model")), "text_config", nested, "an object")
+    text = {**config, **nested}
     model_type = str(text.get("model_type", "this model"))
     there = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
     stacks = _stacks(there)
@@ -171,10 +177,16 @@ def _is_linear(name: str, tensor: Tensor) -> bool:
 def _sizes(text: Mapping[str, Any], model_type: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for size, names in NAMES.items():
-        value = next((text[name] for name in names if text.get(name)), None)
-        if isinstance(value, int):
-            found[size] = value
-    missing = [size for size in ("hidden", "layers", "vocabulary", "heads") if size not in found]
+        off = (None,) if size in REQUIRED else (None, 0)
+        name = next((name for name in names if text.get(name) not in off), None)
+        if name is None:
+            continue
+        whole = isinstance(text[name], int) and not isinstance(text[name], bool)
+        if (whole and text[name] < 1) or (not whole and size in REQUIRED):
+            raise _wrong(model_type, name, text[name], "a whole number, 1 or more")
+        if whole:
+            found[size] = text[name]
+    missing = [size for size in REQUIRED if size not in found]
     if missing:
         wanted = ", ".join(NAMES[size][0] for size in missing)
         raise ModelError(f"{model_type}: config.json has no {wanted}. Expected the config.json of a decoder model")
@@ -183,6 +195,12 @@ def _sizes(text: Mapping[str, Any], model_type: str) -> dict[str, int]:
     found.setdefault("intermediate", 4 * found["hidden"])
     found.setdefault("experts_per_token", 1)
     return found
+
+
+def _wrong(model_type: str, name: str, value: Any, expected: str) -> ModelError:
+    return ModelError(
+        f"{model_type}: config.json has {name} {json.dumps(value)}, expected {expected}. Copy the checkpoint again"
+    )
 
 
 def _compare_layers(found: int, expected: int, model_type: str) -> list[str]:

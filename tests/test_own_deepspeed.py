@@ -279,7 +279,7 @@ SCATTERED = "DeepSpeed shards gradients without it. Remove it"
         (
             zero(stage=3, stage3_use_all_reduce_for_fetch_params=True),
             "zero_optimization.stage3_use_all_reduce_for_fetch_params",
-            "fetches only weights that are all of one type. Remove it",
+            "fetches weights of one type alone. Remove it",
         ),
     ],
 )

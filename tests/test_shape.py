@@ -217,3 +217,32 @@ def test_what_is_no_plain_decoder_is_refused(tensors: dict[str, Tensor], config:
     with pytest.raises(ModelError) as refusal:
         read_shape(tensors, config)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("text_config", "x", "an object"),
+        ("text_config", [1], "an object"),
+        ("num_attention_heads", -4, "a whole number, 1 or more"),
+        ("num_attention_heads", 0, "a whole number, 1 or more"),
+        ("num_attention_heads", True, "a whole number, 1 or more"),
+        ("hidden_size", "4096", "a whole number, 1 or more"),
+        ("vocab_size", [8], "a whole number, 1 or more"),
+        ("num_key_value_heads", -1, "a whole number, 1 or more"),
+        ("head_dim", -64, "a whole number, 1 or more"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_by_its_name(name: str, value: Any, expected: str) -> None:
+    config = LLAMA | {"num_hidden_layers": 1}
+    with pytest.raises(ModelError) as refusal:
+        read_shape(llama_headers(config), config | {name: value})
+    said = f"llama: config.json has {name} {json.dumps(value)}, expected {expected}. Copy the checkpoint again"
+    assert str(refusal.value) == said
+
+
+def test_sizes_that_may_be_off_or_differ_by_layer_are_left_to_the_defaults() -> None:
+    config = LLAMA | {"num_hidden_layers": 1}
+    plain = {name: value for name, value in config.items() if name != "intermediate_size"}
+    off = {"num_experts_per_tok": 0, "head_dim": None, "intermediate_size": [11008], "num_key_value_heads": 0}
+    assert read_shape(llama_headers(config), config | off) == read_shape(llama_headers(config), plain)
