@@ -8,6 +8,7 @@ import peft
 import safetensors.torch
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 
 from job.errors import AdapterError, InputError
 from job.store import Store
@@ -33,7 +34,7 @@ def write(
         revision: the base's, `model.revision`, which plain peft asks the hub for; None is its default branch.
 
     Raises:
-        AdapterError: what was read back is empty, not finite, or differs from what was trained.
+        AdapterError: what was read back is damaged, empty, not finite, or differs from what was trained.
     """
     expected = get_peft_model_state_dict(model, state_dict=tensors)
     model.active_peft_config.revision = revision
@@ -44,7 +45,13 @@ def write(
         files = sorted(Path(folder).iterdir(), key=lambda file: (file.name == SETTINGS, file.name))
         for file in files:
             store.write(file.name, file.read_bytes())
-    prove(safetensors.torch.load(store.read(WEIGHTS)), expected, trained)
+    try:
+        found = safetensors.torch.load(store.read(WEIGHTS))
+    except SafetensorError as fault:
+        raise AdapterError(
+            f"{store.url}/{WEIGHTS}: damaged when read back ({fault}): the storage changed it. Try another output.url"
+        ) from fault
+    prove(found, expected, trained)
 
 
 def prove(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], trained: bool) -> None:
@@ -71,11 +78,16 @@ def load(model: peft.PeftModel, store: Store) -> None:
     """Put a written adapter into a model that has one of the same shape.
 
     Raises:
-        InputError: there is no adapter, or it is of another shape.
+        InputError: there is no adapter, or it is damaged or of another shape.
     """
     if not store.exists(WEIGHTS):
         raise InputError(f"{store.url}: no adapter there. Run `qlora train` first")
-    tensors = safetensors.torch.load(store.read(WEIGHTS))
+    try:
+        tensors = safetensors.torch.load(store.read(WEIGHTS))
+    except SafetensorError as fault:
+        raise InputError(
+            f"{store.url}/{WEIGHTS}: the adapter is damaged ({fault}). Copy it again, or train again"
+        ) from fault
     try:
         outcome = set_peft_model_state_dict(model, tensors)
     except RuntimeError as fault:

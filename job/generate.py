@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from job import adapter
-from job.chat import chat_format, encode, prompt_ids, stop_ids
-from job.config import RunConfig, changes
+from job.chat import Encoded, encode, prompt_ids, stop_ids
+from job.config import Change, RunConfig, changes
 from job.config.learning import Generation, Quantization
 from job.data.encode import Encoder
 from job.data.load import make_encoder
 from job.data.rows import Row
 from job.data.split import read_split
-from job.errors import InputError
+from job.errors import DataError, InputError
 from job.formats import Segment
 from job.hardware import this_hardware
 from job.headers import read_headers
@@ -25,6 +25,11 @@ from job.run_folder import RunFolder
 from job.tokenizer import Tokenizer
 from job.weights import dequantized, stream
 from job.world import World
+
+ASKED_BY = ("model.", "quantization.", "lora.", "data.format", "data.template", "data.learn")
+"""What an adapter answers as trained by: its base, quantization and scale, and the form of its prompts."""
+SPLIT_BY = ("data.train", "evaluation.file", "evaluation.share", "train.seed")
+"""What says which rows were held out."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ class Responder:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        run = RunFolder(config)
-        _refuse_other_settings(run, config)
+        self.run = run = RunFolder(config)
+        fixed = [change for change in _differing(run, ASKED_BY) if change.rule == "fixed"]
+        if fixed:
+            raise InputError(f"{run.store.url}: the adapter was trained with other settings{_listed(fixed)}")
         if not run.store.child("adapter").exists(adapter.WEIGHTS):
             raise InputError(f"{run.store.url}/adapter: no adapter there. Run `qlora train` first")
         hardware = this_hardware(0)
@@ -79,35 +86,77 @@ class Responder:
         self.model.eval()
 
     def held_out(self) -> list[Row]:
-        """Rows to ask about: evenly spaced held-out ones, or training rows when none are held out."""
+        """Rows to ask about: evenly spaced held-out ones, or training rows when none are held out.
+
+        Raises:
+            InputError: they are not the run's: rows that were trained on could pose as held out.
+        """
+        differing = _differing(self.run, SPLIT_BY)
+        if differing:
+            raise InputError(
+                f"{self.run.store.url}: the adapter was trained on other rows{_listed(differing)}, or ask with -q"
+            )
         count = min(self.config.generation.rows, len(self.rows))
         return [self.rows[place * len(self.rows) // count] for place in range(count)]
 
     def compare_row(self, row: Row) -> Answers:
-        """The answers to a row's last learnt turn."""
-        return self._compare(self.encoder.segments(row))
+        """The answers to a row's last learnt turn.
+
+        Raises:
+            DataError: the row cannot be used.
+        """
+        segments = self.encoder.segments(row)
+        try:
+            encoded = self._encoded(segments)
+        except ValueError as fault:
+            raise DataError(f"{row.where}: {fault}") from fault
+        return self._compare(segments, encoded)
 
     def compare_question(self, question: str) -> Answers:
-        """The answers to a question, put into the run's format."""
-        return self._compare(self.encoder.kind.ask(question))
+        """The answers to a question, put into the run's format.
+
+        Raises:
+            InputError: the question is no UTF-8, or the chat format refuses it.
+        """
+        segments = self.encoder.kind.ask(question)
+        return self._compare(segments, self._asked(segments))
 
     def chat(self, turns: Sequence[Segment]) -> str:
-        """The tuned model's next turn; the last segment is the empty answer."""
-        return self._answer(turns, tuned=True)
+        """The tuned model's next turn; the last segment is the empty answer.
 
-    def _compare(self, segments: Sequence[Segment]) -> Answers:
+        Raises:
+            InputError: a turn is no UTF-8, or the chat format refuses the turns.
+        """
+        return self._answer(self._asked(turns), tuned=True)
+
+    def _asked(self, segments: Sequence[Segment]) -> list[Encoded]:
+        """A person's own turns as ids. Bytes that are no UTF-8 come from a terminal as lone surrogates."""
+        try:
+            "".join(segment.content for segment in segments).encode()
+        except UnicodeEncodeError as fault:
+            raise InputError("the question is no UTF-8 text. Set the terminal to UTF-8 and ask again") from fault
+        try:
+            return self._encoded(segments)
+        except ValueError as fault:
+            raise InputError(
+                f"the question cannot be asked: {fault}. Ask in other words, or without the turns before it"
+            ) from fault
+
+    def _encoded(self, segments: Sequence[Segment]) -> list[Encoded]:
+        return encode(segments, self.tokenizer, self.encoder.chat)
+
+    def _compare(self, segments: Sequence[Segment], encoded: Sequence[Encoded]) -> Answers:
         asked = [part.content for part in segments if part.role in ("user", "text") and not part.learn]
         wanted = [part.content for part in segments if part.learn]
         return Answers(
             asked[-1] if asked else "",
             wanted[-1] if wanted else "",
-            self._answer(segments, tuned=False),
-            self._answer(segments, tuned=True),
+            self._answer(encoded, tuned=False),
+            self._answer(encoded, tuned=True),
         )
 
     @torch.no_grad()
-    def _answer(self, segments: Sequence[Segment], tuned: bool) -> str:
-        encoded = encode(segments, self.tokenizer, chat_format(self.tokenizer, self.config.data.template))
+    def _answer(self, encoded: Sequence[Encoded], tuned: bool) -> str:
         # plain text has no prompt: without a bos it starts behind the end of another text
         ids = torch.tensor([prompt_ids(encoded) or [self.tokenizer.eos]], device=self.device)
         how = _sampling(self.config.generation) | {
@@ -123,14 +172,13 @@ class Responder:
         return self.tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special=True).strip()
 
 
-def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
-    """An adapter answers as trained only on the base, quantization and scale that it was trained with."""
-    decisive = ("model.", "quantization.", "lora.")
-    differing = [c for c in changes(run.old, config) if c.key.startswith(decisive)] if run.old else []
-    differing = [change for change in differing if change.rule == "fixed"]
-    if differing:
-        listed = "\n  ".join(map(str, differing))
-        raise InputError(f"{run.store.url}: the adapter was trained with other settings\n  {listed}\n  Set these back")
+def _differing(run: RunFolder, keys: tuple[str, ...]) -> list[Change]:
+    """Which of these settings are not those that the adapter was trained with."""
+    return [change for change in changes(run.old, run.config) if change.key.startswith(keys)] if run.old else []
+
+
+def _listed(differing: Sequence[Change]) -> str:
+    return "".join(f"\n  {change}" for change in differing) + "\n  Set these back"
 
 
 def _sampling(generation: Generation) -> dict[str, Any]:
