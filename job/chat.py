@@ -82,8 +82,13 @@ class ModelChat:
         messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, contents, strict=True)]
         try:
             return self.tokenizer.render(messages)
-        except (jinja2.TemplateError, TypeError) as fault:
+        except jinja2.TemplateError as fault:
             raise ValueError(f"the model's chat template refuses these turns: {fault}") from fault
+        except Exception as fault:  # the template is a program of the model's, which may raise anything
+            raise ValueError(
+                f"the model's chat template fails on these turns ({type(fault).__name__}: {fault}). "
+                "Repair it, or set data.template"
+            ) from fault
 
     def _as_rendered(
         self, turns: Sequence[Segment], said: Sequence[Segment], kept: Sequence[str], markup: Sequence[str]

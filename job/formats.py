@@ -7,7 +7,7 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,12 @@ class Format:
     segments: Callable[[Row], list[Segment]]
     ask: Callable[[str], list[Segment]]
     """A question as the segments of a row whose answer is still empty."""
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a value in a sentence: a str, an int, None."""
+    name = type(value).__name__
+    return "None" if value is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _ask_chat(question: str) -> list[Segment]:
@@ -72,7 +78,7 @@ def turns_of(turns: Any) -> list[Segment]:
     segments = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {number} is a {type(turn).__name__}, expected {{role, content}}")
+            raise ValueError(f"turn {number} is {kind_of(turn)}, expected {{role, content}}")
         said = _first(turn, "role", "from")
         role = ROLES.get(str(said).lower())
         if role is None:
@@ -87,9 +93,12 @@ def _content(turn: Mapping[str, Any], number: int) -> str:
     content = _first(turn, "content", "value")
     if turn.get("tool_calls"):
         raise ValueError(f"turn {number} has tool_calls, which are not read. Write them into its content")
+    if isinstance(content, Mapping):
+        content = [content] if content.get("type") in (None, "text") else None
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        content = None if None in parts else "".join(map(str, parts))
+        whole = not any(part is None or isinstance(part, (Mapping, list)) for part in parts)
+        content = "".join(map(str, parts)) if whole else None
     if content is None:
         found = ", ".join(key for key, value in turn.items() if value is not None)
         raise ValueError(f"turn {number} has {found}, but no text in content or value")
@@ -103,20 +112,24 @@ def _first(turn: Mapping[str, Any], *names: str) -> Any:
 def _conversation(field: str) -> Callable[[Row], list[Segment]]:
     def segments(row: Row) -> list[Segment]:
         system = _text(row, "system", optional=True)
-        try:
-            turns = turns_of(row[field])
-        except ValueError as fault:
-            raise ValueError(f"{field}: {fault}") from fault
+        turns = _turns(row, field)
         return [Segment("system", system), *turns] if system and turns[0].role != "system" else turns
 
     return segments
 
 
+def _turns(row: Row, field: str) -> list[Segment]:
+    try:
+        return turns_of(row[field])
+    except ValueError as fault:
+        raise ValueError(f"{field}: {fault}") from fault
+
+
 def prompt_completion(row: Row) -> list[Segment]:
     """{prompt, completion}: joined as they stand (as TRL does), or both lists of messages."""
     if isinstance(row["prompt"], list):
-        asked = [turn._replace(learn=False) for turn in turns_of(row["prompt"])]
-        return asked + turns_of(row["completion"])
+        asked = [turn._replace(learn=False) for turn in _turns(row, "prompt")]
+        return asked + _turns(row, "completion")
     return [Segment("text", _text(row, "prompt")), Segment("text", _text(row, "completion"), True)]
 
 
@@ -145,8 +158,8 @@ FORMATS = {
 def template_format(template: Mapping[str, str]) -> Format:
     """The user's own prompt: {field} is filled in, [[...]] is left out when a field in it is empty or missing, and
     {{ and }} are braces."""
-    always = re.sub(r"\[\[.*?\]\]", "", template["prompt"] + template["completion"], flags=re.S)
-    needs = tuple(dict.fromkeys(_names(always)))
+    always = [re.sub(r"\[\[.*?\]\]", "", template[part], flags=re.S) for part in ("prompt", "completion")]
+    needs = tuple(dict.fromkeys(name for part in always for name in _names(part)))
 
     def segments(row: Row) -> list[Segment]:
         return _fill(template["prompt"], row) + [
@@ -208,9 +221,17 @@ def own_format(name: str) -> Format:
     def segments(row: Row) -> list[Segment]:
         try:
             turns = made(dict(row))
-        except Exception as fault:  # the user's own code may raise anything
+            if isinstance(turns, (tuple, Iterator)):
+                turns = list(turns)  # a generator's code runs only here
+        except (Exception, SystemExit) as fault:  # the user's own code may raise anything
             raise ValueError(f"has {', '.join(row)}; {name} failed with {type(fault).__name__}: {fault}") from fault
-        return turns_of(turns)
+        if not isinstance(turns, list) or not turns:
+            found = "no turns" if turns in ([], ()) else kind_of(turns)
+            raise ValueError(f"{name} returned {found}, expected a list of {{role, content}} turns")
+        try:
+            return turns_of(turns)
+        except ValueError as fault:
+            raise ValueError(f"{name}: {fault}") from fault
 
     return Format((), segments, _ask_chat)
 
@@ -275,7 +296,7 @@ def learn_last(segments: Iterable[Segment]) -> list[Segment]:
 def _text(row: Row, name: str, optional: bool = False) -> str:
     value = row.get(name)
     if isinstance(value, (dict, list)):
-        raise ValueError(f"{name} is a {type(value).__name__}, expected text")
+        raise ValueError(f"{name} is {kind_of(value)}, expected text")
     if value is None and not optional:
         raise ValueError(f"{name} is missing")
     return "" if value is None else str(value)

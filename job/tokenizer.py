@@ -58,7 +58,11 @@ class Tokenizer:
         Raises:
             ValueError: the text has half a character (a lone surrogate, from JSON such as "\\ud83d").
         """
-        text.encode()
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            half = f"\\u{ord(text[fault.start]):04x}"
+            raise ValueError(f"half a character ({half}, a lone surrogate). Repair the row") from fault
         return self._encode(text, first, split_special_tokens=True)
 
     def markup(self, text: str, first: bool = False) -> list[int]:

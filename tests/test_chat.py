@@ -92,6 +92,22 @@ def test_a_template_without_system_turns_refuses_them(load: Load, name: str) -> 
         encoded(load(name), [Segment("system", "Be kind."), *TALK])
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{{ 1 // 0 }}", "ZeroDivisionError: "), ("{{ messages[0]['content'].encode('ascii') }}", "UnicodeEncodeError: ")],
+)
+def test_a_template_that_raises_anything_is_refused(
+    load: Load, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+) -> None:
+    tokenizer = load("chatml")
+    monkeypatch.setattr(tokenizer.inner, "chat_template", template)
+    with pytest.raises(ValueError) as refused:
+        encoded(tokenizer, TALK)
+    said = str(refused.value)
+    assert said.startswith(f"the model's chat template fails on these turns ({message}")
+    assert said.endswith("). Repair it, or set data.template")
+
+
 def test_a_template_that_drops_an_answer_is_refused(load: Load) -> None:
     tokenizer = load("chatml")
     chat = chat_format(tokenizer, None)
@@ -336,5 +352,5 @@ def test_a_bos_that_the_tokenizer_adds_comes_once(tmp_path: Path) -> None:
 
 
 def test_half_a_character_is_refused(load: Load) -> None:
-    with pytest.raises(ValueError, match="surrogates not allowed"):
+    with pytest.raises(ValueError, match=r"^half a character \(\\ud83d, a lone surrogate\)\. Repair the row$"):
         load("chatml").text("a \ud83d b")

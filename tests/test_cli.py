@@ -123,7 +123,7 @@ def test_data_says_which_rows_a_share_holds_out(run_file: RunFile) -> None:
     [
         ('{"instruction": "a", "output": "b"}\n{"text": "a"}\n', "evaluation: {tmp}/held.jsonl line 2: has text; the "),
         ('{"instruction": "a", "output": ""}\n', "evaluation: none of the 1 rows has anything to learn: 1 dropped: "),
-        ("", "{tmp}/held.jsonl: no rows. Expected at least one"),
+        ("", "evaluation.file: {tmp}/held.jsonl: no rows. Expected at least one"),
     ],
 )
 def test_data_refuses_held_out_rows_as_train_does(
@@ -156,7 +156,7 @@ def test_a_process_of_its_own_says_one_thing_about_bad_input(run_file: RunFile, 
 WORDS = {
     "missing data file": (
         "data.train={tmp}/none.jsonl",
-        "DataError: {tmp}/none.jsonl: not found. Give a file, glob or folder of .json, ",
+        "DataError: data.train: {tmp}/none.jsonl: not found. Give a file, glob or folder of .json, ",
     ),
     "unknown key": ("lora.rnak=3", '\n  lora.rnak: unknown name. Did you mean "rank"? Valid: alpha, '),
     "unknown section": ("lroa.rank=3", '\n  lroa: unknown name. Did you mean "lora"? Valid: '),
@@ -180,7 +180,10 @@ WORDS = {
         "model.name={tmp}/none",
         "ModelError: model.name: {tmp}/none: no such folder, and no hub id (owner/name). Check the path",
     ),
-    "missing held-out file": ("evaluation.file={tmp}/none.jsonl", "DataError: {tmp}/none.jsonl: not found."),
+    "missing held-out file": (
+        "evaluation.file={tmp}/none.jsonl",
+        "DataError: evaluation.file: {tmp}/none.jsonl: not found.",
+    ),
     "missing own format": ("data.format=nowhere:rows", "nowhere"),
     "output of an unknown kind": (
         "output.url=ftpx://a/b",

@@ -114,6 +114,41 @@ def test_braces_in_a_template_that_mean_nothing_are_refused(template: dict[str, 
     assert fault.startswith(f"data.template: {message}")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"prompt": "{q}[[{c}", "completion": "{a}"}, "prompt has [[, "),
+        ({"prompt": "{q}", "completion": "{a}]]"}, "completion has ]], "),
+        ({"prompt": "[[{q}", "completion": "{a}]]"}, "prompt has [[, "),
+        ({"prompt": "]]{q}[[", "completion": "{a}"}, "prompt has ]] [[, "),
+        ({"prompt": "[[{q} [[{c}]]]]", "completion": "{a}"}, "prompt has [[ [[ ]] ]], "),
+        ({"prompt": "[[{q} [[{c}]]", "completion": "{a}"}, "prompt has [[ [[ ]], "),
+    ],
+)
+def test_marks_of_a_template_that_do_not_pair_are_refused(template: dict[str, str], message: str) -> None:
+    (fault,) = faults("data.template=" + json.dumps(template))
+    assert fault == f"data.template: {message}" + (
+        "expected a ]] behind every [[, none within another. Write both into this part, "
+        "around what is left out when a field in it is empty"
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"prompt": "[[{c} ]][[[{d}]]]{q}", "completion": "{a}[[ ({why})]]"},
+        {"user": "[[{content}", "assistant": "{content}"},  # the marks mean nothing around turns
+    ],
+)
+def test_marks_of_a_template_that_pair_pass(template: dict[str, str]) -> None:
+    assert minimal("data.template=" + json.dumps(template)).data.template == template
+
+
+@pytest.mark.parametrize("name", ["''", "' '"])
+def test_an_empty_model_name_is_not_the_current_folder(name: str) -> None:
+    assert faults(f"model.name={name}") == ("model.name: names nothing. Give a hub id (owner/name), a folder or a URL",)
+
+
 def test_doubled_braces_of_a_template_pass_through_yaml() -> None:
     text = "model: {name: x}\noutput: {url: y}\ndata:\n  train: x\n  template:\n    prompt: '[[{{{c}}} ]]{q}'\n"
     text += '    completion: |\n      {{"a": "{a}"}}\n'
@@ -246,3 +281,30 @@ def test_an_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatc
     assert os.environ["HF_ENDPOINT"] == "https://mine.example"
     assert "hf_secret" not in minimal().model_dump_json()
     assert ".env" in (REPOSITORY / ".gitignore").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"HF_TOKEN=\xff\xfesecret\n", "is no UTF-8 text. Save it as UTF-8"),
+        (b"HF_TOKEN=sec\0ret\n", "cannot be put into the environment: embedded null byte. Repair the line"),
+    ],
+)
+def test_an_env_file_that_is_no_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    Path(".env").write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_dotenv_file()
+    assert str(refused.value) == f"1 problem in .env\n  {message}"
+
+
+def test_an_env_file_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*words: object, **how: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dotenv.load_dotenv", closed)  # root may read every file
+    with pytest.raises(ConfigError, match=r"in \.env\n  cannot be read: Permission denied\. Make it readable, or"):
+        load_dotenv_file()

@@ -285,8 +285,16 @@ def test_rows_that_cannot_be_used_are_refused(
 
 def test_half_a_character_names_its_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a \\ud83d b"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl line 1: 'utf-8' codec can't encode .* surrogates not allowed"):
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: half a character .*\. Repair the row$"):
         load_dataset(config_of(tmp_path / "rows.jsonl"), tokenizer)
+
+
+def test_a_source_that_is_not_there_is_named_by_its_setting(load: Load, tmp_path: Path) -> None:
+    none = str(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"^data\.train: .*none\.jsonl: not found\. "):
+        load([], data={"train": none})
+    with pytest.raises(DataError, match=r"^evaluation\.file: .*none\.jsonl: not found\. "):
+        load(alpaca_rows(3), evaluation={"file": none})
 
 
 def test_a_fault_in_held_out_rows_names_them(load: Load, tmp_path: Path) -> None:

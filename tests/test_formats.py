@@ -1,6 +1,7 @@
 """Rows of the usual formats as segments."""
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,22 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str, bool]]]] = {
 }
 
 
+def give(row: dict[str, Any]) -> Any:
+    """A user's own format: whatever the row has in x."""
+    return row["x"]
+
+
+def generate(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A user's own format: two turns, one after the other."""
+    yield {"role": "user", "content": row["q"]}
+    yield {"role": "assistant", "content": row["a"]}
+
+
+def leave(row: dict[str, Any]) -> None:
+    """A user's own format that ends the process."""
+    sys.exit(3)
+
+
 def segments(name: str, row: dict[str, Any], template: dict[str, str] | None = None) -> list[Segment]:
     name, kind = format_of(name, template, row)
     return segments_of(kind, name, row)
@@ -122,6 +139,10 @@ def test_template_places_outside_the_brackets_are_needed_wherever_the_brackets_a
     assert "".join(part.content for part in segments("template", {"c": "c", "q": "q", "a": "a"}, template)) == "ccqa"
 
 
+def test_a_field_between_marks_of_different_parts_is_needed() -> None:
+    assert format_of("template", {"prompt": "[[{q}", "completion": "{a}]]"}, {})[1].needs == ("q", "a")
+
+
 def test_doubled_braces_of_a_template_are_braces() -> None:
     template = {"prompt": "[[{{{c}}} ]]{q} {{q}}", "completion": '{{"a": "{a}"}}'}
     made = segments("template", {"c": "{{c}}", "q": "why", "a": "}}"}, template)
@@ -136,6 +157,18 @@ def test_the_user_s_own_function_makes_turns() -> None:
         ("Let me think.", False),
         ("So.", True),
     ]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_the_user_s_own_function_may_give_turns_as_a_list_a_tuple_or_a_generator(kind: Callable[..., Any]) -> None:
+    turns = kind([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert segments("tests.test_formats:give", {"x": turns}) == [Segment(U, "a"), Segment(A, "b", True)]
+
+
+@pytest.mark.parametrize("content", [{"text": "b"}, {"type": "text", "text": "b"}, [{"type": "text", "text": "b"}]])
+def test_a_turn_s_content_may_be_an_object_with_text(content: Any) -> None:
+    made = segments("messages", {"messages": [{"role": "assistant", "content": content}]})
+    assert made == [Segment(A, "b", True)]
 
 
 def test_the_user_s_own_module_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +212,47 @@ def test_the_user_s_own_module_is_found_in_the_current_folder(tmp_path: Path, mo
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]},
             "messages: turn 1 has tool_calls, which are not read",
         ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": {"answer": "b"}}]},
+            "messages: turn 2 has role, content, but no text in content or value",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": {"type": "image", "text": "a"}}]},
+            "messages: turn 1 has role, content, but no text in content or value",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": {"value": "a"}}]}]},
+            "messages: turn 1 has role, content, but no text in content or value",
+        ),
+        ("messages", {"messages": [7]}, "messages: turn 1 is an int, expected {role, content}"),
+        (
+            "prompt_completion",
+            {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+            "completion: expected a list of turns",
+        ),
+        ("prompt_completion", {"prompt": [7], "completion": []}, "prompt: turn 1 is an int, expected {role, content}"),
         ("tests.my_rows:ask", {"q": "Why?", "x": 1}, "has q, x; tests.my_rows:ask failed with KeyError: 'a'"),
+        ("tests.test_formats:leave", {"q": "Why?"}, "has q; tests.test_formats:leave failed with SystemExit: 3"),
+        (
+            "tests.test_formats:give",
+            {"x": None},
+            "tests.test_formats:give returned None, expected a list of {role, content}",
+        ),
+        (
+            "tests.test_formats:give",
+            {"x": "a"},
+            "tests.test_formats:give returned a str, expected a list of {role, content}",
+        ),
+        (
+            "tests.test_formats:give",
+            {"x": []},
+            "tests.test_formats:give returned no turns, expected a list of {role, content}",
+        ),
+        ("tests.test_formats:give", {"x": ["a"]}, "tests.test_formats:give: turn 1 is a str, expected {role, content}"),
+        ("tests.test_formats:generate", {"q": "Why?"}, "has q; tests.test_formats:generate failed with KeyError: 'a'"),
     ],
 )
 def test_a_row_that_lacks_something_says_what_it_has(name: str, row: dict[str, Any], message: str) -> None:

@@ -216,6 +216,11 @@ def test_a_row_says_where_it_stands(folder: Path) -> None:
     assert where == [f"{folder}/{end}" for end in ends]
 
 
+def test_cells_behind_the_named_columns_may_be_left_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"a,,\n1,,\n")
+    assert read(tmp_path / "a.csv")[0]["a"] == "1"
+
+
 def test_a_long_document_in_a_table_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_bytes(table([{"text": "x" * 200_000}], ","))
     assert len(read(tmp_path / "long.csv")[0]["text"]) == 200_000
@@ -233,7 +238,9 @@ BROKEN = {
     "line 2: a list, expected an object with named fields": ("a.jsonl", b'{"a": 1}\n[1, 2]\n'),
     "line 1: a str, expected an object with named fields": ("a.jsonl", b'"a"\n'),
     "line 4: broken JSON: Expecting value at column 1": ("a.json", b'\n[\n{"a": 1},\n]\n'),
-    "row 2: a int, expected an object with named fields": ("a.json", b'[{"a": 1}, 2]'),
+    "row 2: an int, expected an object with named fields": ("a.json", b'[{"a": 1}, 2]'),
+    "line 1: the column b is there twice. Rename or remove one": ("a.csv", b"a,b,b\n1,2,3\n"),
+    "line 1: the column a is there twice. Rename or remove one": ("a.tsv", b"a\ta\n1\t2\n"),
     "line 3: more cells than the header's 2": ("a.csv", b"a,b\n1,2\n1,2,3\n"),
     "line 2: broken CSV: unexpected end of data": ("a.csv", b'a,b\n"1,2'),
 }

@@ -23,6 +23,16 @@ def _named(sources: str | list[str]) -> str | list[str]:
     return sources
 
 
+def _refuse_open_marks(part: str, text: str) -> None:
+    """[[ and ]] must follow each other in turn: one without the other would be written into every row."""
+    marks = re.findall(r"\[\[|\]\]", text)
+    if marks != ["[[", "]]"] * (len(marks) // 2):
+        raise ValueError(
+            f"{part} has {' '.join(marks)}, expected a ]] behind every [[, none within another. Write both into this "
+            "part, around what is left out when a field in it is empty"
+        )
+
+
 def _places(part: str, text: str) -> list[str]:
     """The fields that a part of a template names, when all its braces mean something."""
     found = list(PLACE.finditer(text))
@@ -48,6 +58,13 @@ class Model(Section):
     """Run Python code that comes with the checkpoint, as you; off (false) refuses such models. Fixed."""
     attention: Free[Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]] = "auto"
     """Attention implementation, by transformers' names; auto is sdpa. Free."""
+
+    @field_validator("name")
+    @classmethod
+    def _some_name(cls, name: str) -> str:
+        if not name.strip():  # it would be the current folder
+            raise ValueError("names nothing. Give a hub id (owner/name), a folder or a URL")
+        return name
 
 
 class Quantization(Section):
@@ -135,6 +152,8 @@ class Data(Section):
             return template
         places = {part: _places(part, text) for part, text in template.items()}
         if set(template) == {"prompt", "completion"}:
+            for part, text in template.items():
+                _refuse_open_marks(part, text)
             return template
         known = {"user", "assistant"} <= set(template) <= {"system", "user", "assistant"}
         if known and all(names == ["content"] for names in places.values()):

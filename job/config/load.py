@@ -36,8 +36,19 @@ _Loader.add_implicit_resolver(
 
 
 def load_dotenv_file(path: str = ".env") -> bool:
-    """Put the secrets of an .env file into the environment, where set variables win. True if there is one."""
-    return dotenv.load_dotenv(path, override=False)
+    """Put the secrets of an .env file into the environment, where set variables win. True if there is one.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no text that can be put there. Its content is not repeated.
+    """
+    try:
+        return dotenv.load_dotenv(path, override=False)
+    except OSError as fault:
+        raise ConfigError(path, [f"cannot be read: {fault.strerror}. Make it readable, or remove it"]) from fault
+    except UnicodeDecodeError as fault:
+        raise ConfigError(path, ["is no UTF-8 text. Save it as UTF-8"]) from fault
+    except ValueError as fault:  # such as a NUL byte in a value
+        raise ConfigError(path, [f"cannot be put into the environment: {fault}. Repair the line"]) from fault
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> RunConfig:

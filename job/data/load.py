@@ -1,14 +1,13 @@
 """From settings to the training and held-out data of a run."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from job.chat import chat_format
 from job.config import RunConfig
 from job.data.batches import Batches
 from job.data.encode import Encoder, Tokens
-from job.data.rows import Row
+from job.data.rows import Row, rows_of
 from job.data.split import read_split
 from job.errors import DataError, InputError
 from job.formats import format_of
@@ -92,12 +91,3 @@ def make_encoder(config: RunConfig, tokenizer: Tokenizer, first: Row) -> Encoder
     except InputError as fault:
         raise DataError(f"{first.where}: {fault}") from fault
     return Encoder(config.data, kind, name, tokenizer, chat_format(tokenizer, config.data.template))
-
-
-@contextmanager
-def rows_of(setting: str) -> Iterator[None]:
-    """Puts the setting that named the rows in front of what is wrong with them."""
-    try:
-        yield
-    except DataError as fault:
-        raise DataError(f"{setting}: {fault}") from fault

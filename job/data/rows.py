@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import pyarrow.parquet
 
 from job.config.running import Storage
 from job.errors import DataError
+from job.formats import kind_of
 from job.store import Store, compression, fs_options, open_text, reason, without_query
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -42,6 +44,15 @@ def read_rows(sources: str | Sequence[str], storage: Storage) -> list[Row]:
             raise DataError(f"{without_query(source)}: no rows. Expected at least one")
         rows += found
     return rows
+
+
+@contextmanager
+def rows_of(setting: str) -> Iterator[None]:
+    """Puts the setting that named the rows in front of what is wrong with them."""
+    try:
+        yield
+    except DataError as fault:
+        raise DataError(f"{setting}: {fault}") from fault
 
 
 def _read_source(source: str, storage: Storage) -> list[Row]:
@@ -158,6 +169,12 @@ def _read_table(lines: Iterator[str], name: str, kind: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # its 131072 characters are fewer than a long document has
     reader = csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",", strict=True)
     try:
+        names = [column for column in reader.fieldnames or () if column.strip()]
+        repeated = next((column for column in names if names.count(column) > 1), None)
+        if repeated is not None:
+            raise DataError(
+                f"{name} line {reader.line_num}: the column {repeated} is there twice. Rename or remove one"
+            )
         for fields in reader:
             if None in fields:
                 raise DataError(f"{name} line {reader.line_num}: more cells than the header's {len(fields) - 1}")
@@ -185,7 +202,7 @@ def _read_list(text: str, name: str) -> Iterator[Row]:
         raise DataError(f"{name} line {fault.lineno}: broken JSON: {fault.msg} at column {fault.colno}") from fault
     for number, fields in enumerate(items, 1):
         if not isinstance(fields, dict):
-            raise DataError(f"{name} row {number}: a {type(fields).__name__}, expected an object with named fields")
+            raise DataError(f"{name} row {number}: {kind_of(fields)}, expected an object with named fields")
         yield Row(f"{name} row {number}", fields)
 
 
@@ -197,5 +214,5 @@ def _object(text: str, where: str) -> dict[str, Any]:
             f"{where}: broken JSON: {fault.msg} at column {fault.colno}. Expected one object a line"
         ) from fault
     if not isinstance(fields, dict):
-        raise DataError(f"{where}: a {type(fields).__name__}, expected an object with named fields")
+        raise DataError(f"{where}: {kind_of(fields)}, expected an object with named fields")
     return fields

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from job.chat import Encoded
 from job.data.encode import Encoder, listed, nothing_to_learn
-from job.data.load import rows_of
-from job.data.rows import Row
+from job.data.rows import Row, rows_of
 from job.tokenizer import Tokenizer
 
 OPEN, CLOSE = "⟦", "⟧"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from job.config import RunConfig
-from job.data.rows import Row, read_rows
+from job.data.rows import Row, read_rows, rows_of
 from job.errors import DataError
 
 
@@ -15,9 +15,11 @@ def read_split(config: RunConfig) -> tuple[list[Row], list[Row]]:
     Raises:
         DataError: a source is missing, broken or empty, or the share holds out none or all.
     """
-    rows = read_rows(config.data.train, config.storage)
+    with rows_of("data.train"):
+        rows = read_rows(config.data.train, config.storage)
     if config.evaluation.file is not None:
-        return rows, read_rows(config.evaluation.file, config.storage)
+        with rows_of("evaluation.file"):
+            return rows, read_rows(config.evaluation.file, config.storage)
     if config.evaluation.share:
         return split_rows(rows, config.evaluation.share, config.train.seed)
     return rows, []
