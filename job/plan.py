@@ -121,7 +121,7 @@ def make_plan(
     zero = make_zero(config, "replicate", world.ranks_per_node, STORAGE_BYTES[storage])
     need = _Need(config, world, hardware, precision, zero, STORAGE_BYTES[storage], shape)
     strategy, reason = need.strategy(faults)
-    faults += zero_faults(config, strategy, world.nodes)
+    faults += zero_faults(config, strategy, world)
     wanted = config.quantization.compute_dtype
     plan = Plan(
         zero=replace(zero, strategy=strategy),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from job.config import RunConfig
+from job.world import World
 
 Strategy = Literal["replicate", "zero2", "zero3", "hpz"]
 Place = Literal["none", "cpu", "nvme"]
@@ -125,12 +126,18 @@ def _prefetch(config: RunConfig, storage_bytes: int) -> int:
     return 0 if config.parallel.offload_parameters == "nvme" else PREFETCH_BYTES // storage_bytes
 
 
-def zero_faults(config: RunConfig, strategy: Strategy, nodes: int) -> list[str]:
+def zero_faults(config: RunConfig, strategy: Strategy, world: World) -> list[str]:
     """What does not go with this strategy, one `section.key: sentence` each."""
     faults = []
     sharded = STAGE[strategy] == 3
-    if strategy == "hpz" and nodes == 1:
+    ranks, per_node = world.world_size, world.ranks_per_node
+    if strategy == "hpz" and world.nodes == 1:
         faults.append("parallel.strategy: hpz replicates between nodes, and here is one. Use zero3")
+    elif strategy == "hpz" and ranks % per_node:
+        faults.append(
+            f"parallel.strategy: hpz needs as many ranks on every node, and {ranks} ranks are not a multiple of "
+            f"{per_node} a node. Start as many on each, or use zero3"
+        )
     if sharded and config.quantization.type == "int8":
         faults.append(
             f"quantization.type: int8 does not train under {strategy}, which would shard its rows without their "

@@ -128,6 +128,17 @@ def test_what_does_not_go_with_a_strategy_is_refused(words: list[str], fault: st
     assert refused.value.faults == (fault,)
 
 
+def test_hpz_on_nodes_with_different_numbers_of_ranks_is_refused() -> None:
+    uneven = World(0, 3, local_world_size=2)
+    with pytest.raises(ConfigError) as refused:
+        plan("parallel.strategy=hpz", "train.global_batch_size=3", world=uneven)
+    assert refused.value.faults == (
+        "parallel.strategy: hpz needs as many ranks on every node, and 3 ranks are not a multiple of 2 a node. "
+        "Start as many on each, or use zero3",
+    )
+    assert plan("parallel.strategy=zero3", "train.global_batch_size=3", world=uneven).zero.strategy == "zero3"
+
+
 @pytest.mark.parametrize(
     ("parameter", "layer"),
     [
