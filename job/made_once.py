@@ -56,18 +56,29 @@ def made_once(cache: Path | None, key: str | None, fill: Fill) -> Path:
 
 def _filled(folder: Path, fill: Fill, stays: bool) -> BufferedWriter:
     """The folder's lock file, locked for those who share the folder: while it is open nobody removes it."""
-    lock = open(f"{folder}.lock", "ab")  # noqa: SIM115  # held until nobody uses the folder
-    try:
-        while True:
+    while True:
+        lock = open(f"{folder}.lock", "ab")  # noqa: SIM115  # held until nobody uses the folder
+        try:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if folder.is_dir():
+            if _is_there(lock) and folder.is_dir():
                 return lock
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():
+            if _is_there(lock) and not folder.is_dir():
                 _make(folder, fill, stays)
-    except BaseException:
+        except BaseException:
+            if not stays:
+                _leave(folder, lock)
+            lock.close()
+            raise
         lock.close()
-        raise
+
+
+def _is_there(lock: BufferedWriter) -> bool:
+    """Whether the file that is locked is still the one that others find: who leaves a folder removes both."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
+    except FileNotFoundError:
+        return False
 
 
 def _make(folder: Path, fill: Fill, stays: bool) -> None:
@@ -86,10 +97,12 @@ def _make(folder: Path, fill: Fill, stays: bool) -> None:
 
 
 def _leave(folder: Path, lock: BufferedWriter) -> None:
-    """Remove the folder unless another process holds it."""
+    """Remove the folder and its lock file unless another process holds them."""
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        if _is_there(lock):  # while a shared lock becomes an exclusive one another process may remove both first
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.name).unlink(missing_ok=True)

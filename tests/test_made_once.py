@@ -1,6 +1,8 @@
 """Folders made once on a node: by one process, whole, and removed by the last that uses them."""
 
+import fcntl
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -63,3 +65,64 @@ def test_a_temporary_folder_of_another_user_is_not_trusted(tmp_path: Path, monke
         ModelError, match=r"cannot be written \(the folder belongs to another user\). Set storage.cache"
     ):
         made_once.made_once(None, "key", lambda draft, folder, stays: None)
+
+
+TEMPORARY = """
+import sys, time
+from pathlib import Path
+from job.made_once import made_once
+
+def fill(draft, folder, stays):
+    time.sleep(0.02)
+    (draft / "a").write_text("whole")
+    if sys.argv[1] == "fails":
+        raise OSError(28, "No space left on device")
+
+for name in sys.argv[1:]:
+    folder = made_once(None, "key", fill)
+    assert (folder / "a").read_text() == "whole"
+    time.sleep(0.02)
+    assert (folder / "a").read_text() == "whole"
+"""
+
+
+def temporary(tmp_path: Path, word: str = "works") -> subprocess.Popen[str]:
+    """A process that wants a temporary folder and leaves it."""
+    words = [sys.executable, "-c", TEMPORARY, word]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    return subprocess.Popen(words, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_last_process_removes_a_temporary_folder_with_its_lock_file(tmp_path: Path) -> None:
+    running = [temporary(tmp_path) for _ in range(6)]
+    assert [(process.communicate(timeout=60)[1], process.returncode) for process in running] == [("", 0)] * 6
+    (root,) = tmp_path.iterdir()
+    assert list(root.iterdir()) == []
+
+
+def test_a_temporary_folder_that_cannot_be_filled_leaves_no_lock_file(tmp_path: Path) -> None:
+    failed = temporary(tmp_path, "fails")
+    assert "No space left on device" in failed.communicate(timeout=60)[1] and failed.returncode == 1
+    (root,) = tmp_path.iterdir()
+    assert list(root.iterdir()) == []
+
+
+def test_who_waited_for_a_lock_file_that_was_removed_takes_the_one_that_is_there(tmp_path: Path) -> None:
+    root = tmp_path / f"qlora-converted-{os.getuid()}"
+    root.mkdir(mode=0o700)
+    with open(root / "key.lock", "ab") as removed:
+        fcntl.flock(removed, fcntl.LOCK_EX)
+        waiting = temporary(tmp_path)
+        locks = Path("/proc/locks")
+        deadline = time.monotonic() + 30
+        while f"-> FLOCK  ADVISORY  READ {waiting.pid} " not in locks.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (root / "key.lock").unlink()
+        with open(root / "key.lock", "ab") as there:
+            fcntl.flock(there, fcntl.LOCK_EX)
+            removed.close()
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(0.5)
+            assert sorted(path.name for path in root.iterdir()) == ["key.lock"], "it makes nothing beside us"
+    assert (waiting.communicate(timeout=60)[1], waiting.returncode) == ("", 0)
+    assert list(root.iterdir()) == []
