@@ -1,5 +1,6 @@
 """The command `qlora`. Heavy libraries are imported by the verb that needs them."""
 
+import io
 import logging
 import sys
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from job import __version__
-from job.errors import Interrupted, JobError
+from job.errors import InputError, Interrupted, JobError
 
 app = typer.Typer(
     name="qlora",
@@ -63,7 +64,7 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
         count = local.workers(settings_read, gpus)
         if count > 1:
             words = ["train", config, *(settings or ())]
-            sys.exit(local.start(words, count, gpus, _say))
+            sys.exit(local.start(settings_read, words, count, gpus, _say))
     from job.group import disconnect
     from job.model import quiet_libraries
     from job.train import train as run
@@ -181,10 +182,16 @@ def chat(config: Config, settings: Settings = None) -> None:
 
     quiet_libraries()
     responder = Responder(run)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are the question's fault, not the end
     turns: list[Segment] = []
     while question := _asked():
         asked = responder.encoder.kind.ask(question)
-        answer = responder.chat([*turns, *asked])
+        try:
+            answer = responder.chat([*turns, *asked])
+        except InputError as fault:
+            _say(str(fault))
+            continue
         typer.echo(answer)
         if asked[-1].role == "assistant":  # formats without turns have no memory
             turns += [*asked[:-1], asked[-1]._replace(content=answer, learn=False)]
@@ -239,4 +246,5 @@ def main() -> None:
         typer.echo(f"{type(fault).__name__}: {fault}", err=True)
         sys.exit(fault.exit_code)
     except KeyboardInterrupt:
+        typer.echo("Stopped", err=True)
         sys.exit(130)

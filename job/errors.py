@@ -28,6 +28,9 @@ class ConfigError(InputError):
         problems = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
         super().__init__("\n  ".join([f"{problems} in {source}", *faults]))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, tuple[str, ...]]]:
+        return ConfigError, (self.source, self.faults)  # one rank's refusal travels to the others
+
 
 class DataError(InputError):
     """A data file is missing, broken or has rows that cannot be used; names file, row and fields."""

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import psutil
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from job.errors import InputError, JobError
-from job.world import World
+from job.world import Hardware, World
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
@@ -30,6 +31,8 @@ def connect(world: World, device: str) -> None:
     if world.world_size == 1 and not dist.is_initialized():
         alone = dist.HashStore()  # type: ignore[attr-defined]  # one rank needs no address
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+    if world.world_size > 1 and not dist.is_initialized():
+        _check_address()
     if backend == "gloo" and world.nodes > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(os.environ["MASTER_ADDR"]))
     if device == "cpu" and world.ranks_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -37,6 +40,15 @@ def connect(world: World, device: str) -> None:
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // world.ranks_per_node, 1))
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _check_address() -> None:
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdecimal():
+        raise InputError(
+            f"WORLD_SIZE is above 1, MASTER_ADDR is {address or 'not set'} and MASTER_PORT is {port or 'not set'}. "
+            "Use a launcher, or set them to the first host's address and a free port"
+        )
 
 
 def _interface(master: str) -> str:
@@ -73,18 +85,20 @@ def on_first_rank(world: World, decide: Callable[[], T]) -> T:
     """What `decide` gives on rank 0, on every rank; its refusal is every rank's refusal.
 
     Raises:
-        JobError: what `decide` raised.
+        JobError: what `decide` raised; any other fault of it stays what it is on rank 0.
     """
     verdict: list[Any] = [None, None]
+    own: Exception | None = None
     if world.rank == 0:
         try:
             verdict[0] = decide()
-        except JobError as fault:
-            verdict[1] = fault
+        except Exception as fault:
+            own = fault
+            verdict[1] = fault if isinstance(fault, JobError) else JobError(f"rank 0: {type(fault).__name__}: {fault}")
     if world.world_size > 1:
         dist.broadcast_object_list(verdict)
-    if verdict[1] is not None:
-        raise verdict[1]
+    if own or verdict[1]:
+        raise own or verdict[1]
     decided: T = verdict[0]
     return decided
 
@@ -124,6 +138,22 @@ def lost_peer(fault: BaseException) -> bool:
     """Whether communication failed because another rank is gone."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
     return isinstance(fault, RuntimeError) and any(sign in str(fault) for sign in signs)
+
+
+def agree_on_hardware(world: World, hardware: Hardware) -> tuple[World, Hardware]:
+    """The least that any rank has: what is planned by it, all ranks plan alike.
+
+    Raises:
+        InputError: some ranks have a GPU and others none.
+    """
+    found = everyone(world, (world.ranks_per_node, hardware))
+    if len({other.device for _, other in found}) > 1:
+        places = ", ".join(f"rank {rank} {other.name}" for rank, (_, other) in enumerate(found))
+        raise InputError(f"some ranks have a GPU and others none ({places}). Give all of them the same")
+    least = min(other.memory_gib for _, other in found)
+    bf16 = all(other.bf16 for _, other in found)
+    most = max(here for here, _ in found)
+    return replace(world, local_world_size=most), replace(hardware, memory_gib=least, bf16=bf16)
 
 
 def everyone(world: World, mine: T) -> list[T]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from job.config import RunConfig
-from job.data.batches import MicroBatch
+from job.data.batches import GlobalBatch, MicroBatch
 from job.data.load import Dataset
 from job.engine import Engine, Step
 from job.errors import JobError
@@ -77,8 +77,8 @@ def run(
         micro_batches = data.train.share(batch, world.rank, world.world_size, plan.micro_batch_size)
         step = engine.train_step(batch, micro_batches, rate)
         seconds = time.perf_counter() - begun
+        _watch(step, batch, progress)
         progress.step = batch.step + 1
-        _watch(step, progress)
         on_row(
             {
                 "step": progress.step,
@@ -114,7 +114,8 @@ def _evaluator(
     def evaluate(progress: Progress) -> None:
         loss = engine.evaluate(everything, mine)
         if not math.isfinite(loss):
-            raise JobError(f"the evaluation loss after step {progress.step} is {loss}. Lower train.learning_rate")
+            cure = "Lower train.learning_rate" if progress.step else "Nothing is trained yet: use bf16 or fp32"
+            raise JobError(f"the evaluation loss after step {progress.step} is {loss}. {cure}")
         on_row({"step": progress.step, "eval_loss": loss})
         progress.first_eval = loss if progress.first_eval is None else progress.first_eval
         progress.last_eval, progress.evaluated_at = loss, progress.step
@@ -135,15 +136,19 @@ def _enough(progress: Progress, config: RunConfig) -> str | None:
     return None
 
 
-def _watch(step: Step, progress: Progress) -> None:
-    """Refuse to go on when nothing is learnt any more."""
+def _watch(step: Step, batch: GlobalBatch, progress: Progress) -> None:
+    """Refuse to go on when nothing is learnt, from the first step on or any more."""
+    number = batch.step + 1
     if not math.isfinite(step.loss):
+        raise JobError(f"the loss of step {number} is {step.loss}. Lower train.learning_rate, or use bf16 or fp32")
+    if number == 1 and step.applied and batch.learnt and not 0 < step.grad_norm < math.inf:
         raise JobError(
-            f"the loss of step {progress.step} is {step.loss}. Lower train.learning_rate, or use bf16 or fp32"
+            f"the gradients of the adapter have the norm {step.grad_norm} in the first step: nothing reaches it. "
+            "Choose other lora.targets, or report this architecture"
         )
     progress.left_out = 0 if step.applied else progress.left_out + 1
     if progress.left_out == LEFT_OUT:
         raise JobError(
-            f"the gradients of {LEFT_OUT} steps in a row overflowed in fp16, the last of them step {progress.step}. "
+            f"the gradients of {LEFT_OUT} steps in a row overflowed in fp16, the last of them step {number}. "
             "Use bf16 or fp32, or lower train.learning_rate"
         )

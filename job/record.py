@@ -22,16 +22,21 @@ class Record:
         self.progress = loop.Progress()
 
     def finish(self) -> None:
-        """Finished, or interrupted when that was asked for."""
+        """Write that it is finished, or interrupted when that was asked for."""
         why = self.progress.interrupted
-        if why:
-            self.write("interrupted", why)
-            which = "The adapter of this step" if self.progress.kept_eval is None else "The best adapter so far"
+        self.write("interrupted" if why else "finished", why or self.progress.stopped or "")
+
+    def interrupt(self) -> None:
+        """Raise Interrupted when that was asked for, on every rank."""
+        progress = self.progress
+        if progress.interrupted and not progress.step:
+            raise Interrupted(f"{progress.interrupted} before the first step. Start the run again when you like")
+        if progress.interrupted:
+            which = "The adapter of this step" if progress.kept_eval is None else "The best adapter so far"
             raise Interrupted(
-                f"{why} after step {self.progress.step}. {which} is in {self.run.store.url}/adapter; "
+                f"{progress.interrupted} after step {progress.step}. {which} is in {self.run.store.url}/adapter; "
                 "this version cannot continue the run, start it with another output.url"
             )
-        self.write("finished", self.progress.stopped or "")
 
     def write(self, state: str, why: str) -> None:
         if self.world.speaks:
@@ -55,7 +60,7 @@ def recorded(run: RunFolder, world: World) -> Iterator[Record]:
         try:
             record.write("failed", str(known or f"{type(fault).__name__}: {fault}"))
         except Exception as second:  # such as the full disk that was the fault
-            fault.add_note(f"{STATUS} could not be written either: {reason(second)}")
+            known = JobError(f"{known or fault}. {STATUS} could not be written either: {reason(second)}")
         if known is None or known is fault:
             raise
         raise known from fault
@@ -69,6 +74,11 @@ def _in_words(fault: BaseException, step: int) -> JobError | None:
         return JobError(
             f"the GPU's memory ran out after step {step} ({str(fault).splitlines()[0][:160]}). Lower "
             "train.micro_batch_size or data.max_length, set train.recompute: full, or parallel.strategy: zero3"
+        )
+    if isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
+        return JobError(
+            f"this machine's memory ran out after step {step} ({str(fault).splitlines()[0][-160:]}). Lower lora.rank, "
+            "train.micro_batch_size or data.max_length, or take a machine with more"
         )
     if isinstance(fault, OSError):
         return JobError(f"storage failed after step {step}: {reason(fault)}. Check space, network and keys")

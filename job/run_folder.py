@@ -1,16 +1,18 @@
 """The run's folder under output.url: whose it is, what it was asked for, and how it stands."""
 
+import errno
 import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 import yaml
 
 from job.config import RunConfig, changes, parse_config, without_signatures
 from job.errors import InputError, OutputError
-from job.sinks import forget_metrics
+from job.sinks import forget_metrics, latest_step
 from job.store import Store, reason
 
 STATUS, SETTINGS = "status.json", "run.yaml"
@@ -121,7 +123,20 @@ class RunFolder:
             "step": step,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self.store.write(STATUS, json.dumps(status, indent=1, ensure_ascii=False).encode())
+        content = json.dumps(status, indent=1, ensure_ascii=False).encode()
+        try:
+            self.store.write(STATUS, content)
+        except OSError as fault:
+            if fault.errno != errno.ENOSPC or not self.store.is_local:
+                raise
+            # a full disk has room for no second file, but in the place of the first
+            Path(self.store.path(STATUS)).write_bytes(content)
+
+    def abandon(self, why: str, since: datetime) -> None:
+        """Say that the run failed, when its processes left it running; not if another one wrote that before `since`."""
+        status = self.status
+        if status and status.state == "running" and datetime.fromisoformat(status.updated) >= since:
+            self.write_status("failed", why, latest_step(self.store))
 
     def _refuse_foreign_files(self) -> None:
         foreign = [name for name in self.there if not name.startswith(".")]

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -81,7 +83,8 @@ class ConsoleSink:
             self.bar.stop()
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # a terminal that was closed ends no run
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
         done = step - self.first
@@ -173,6 +176,14 @@ def forget_metrics(store: Store) -> None:
         parts.remove(name)
     if store.exists(METRICS):
         store.remove(METRICS)
+
+
+def latest_step(store: Store) -> int:
+    """The last step that metrics.jsonl or its parts tell of; 0 when there is none."""
+    parts = store.child(PARTS)
+    texts = [parts.read(name) for name in parts.names()] + ([store.read(METRICS)] if store.exists(METRICS) else [])
+    found = re.findall(rb'"step": (\d+)', b"".join(texts))  # a torn last line counts too
+    return max(map(int, found), default=0)
 
 
 def read_metrics(store: Store) -> list[dict[str, float]]:

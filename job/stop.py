@@ -2,12 +2,11 @@
 
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 NAMES = [number.name for number in SIGNALS]
 
 
@@ -18,7 +17,8 @@ class StopRequest:
         self.asked: str | None = None
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
     def __exit__(self, *fault: object) -> None:
@@ -33,4 +33,5 @@ class StopRequest:
             return
         self.asked = signal.Signals(number).name
         again = " Ctrl-C again exits at once, without it." if ctrl_c else ""
-        print(f"\nStopping after this step, the adapter will be written.{again}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be what is gone
+            print(f"\nStopping after this step, the adapter will be written.{again}", file=sys.stderr, flush=True)

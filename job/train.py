@@ -9,7 +9,7 @@ from job.config import RunConfig
 from job.data.load import Dataset, load_dataset
 from job.engine import Engine
 from job.errors import ModelError
-from job.group import agreed, connect, first_of_each_node, on_first_rank
+from job.group import agree_on_hardware, agreed, connect, first_of_each_node, on_first_rank
 from job.hardware import this_hardware
 from job.headers import read_headers
 from job.loading import fill
@@ -25,7 +25,7 @@ from job.model import (
 from job.plan import STORAGE_BYTES, make_plan
 from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config
 from job.published import shape_of
-from job.record import metric_sinks, recorded
+from job.record import Record, metric_sinks, recorded
 from job.run_folder import RunFolder
 from job.stop import NAMES, StopRequest
 from job.swap import prepare_files
@@ -61,6 +61,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     """
     hardware = this_hardware(world.local_rank)
     connect(world, hardware.device)
+    world, hardware = agree_on_hardware(world, hardware)
     run = RunFolder(config)
     if on_first_rank(world, run.already_finished):
         done = run.status.step if run.status else 0
@@ -96,16 +97,21 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         with metric_sinks(config, run, world, plan.steps) as on_row:
             asked = partial(agreed, world, lambda: stop.asked, NAMES)
             loop.run(engine, data, plan, config, world, on_row, asked, record.progress)
-        if world.speaks:
-            target = run.store.child("adapter")
-            trained = record.progress.step > 0
-            adapter.write(model, record.progress.adapter, tokenizer, target, trained, config.model.revision)
-        record.finish()
+        on_first_rank(world, lambda: _leave(config, run, record, model, tokenizer))
+        record.interrupt()
     if note := plain_peft_note(config.model):
         say(note)
     progress = record.progress
     after = progress.last_eval if progress.kept_eval is None else progress.kept_eval
     return Outcome("finished", progress.step, progress.first_eval, after, f"{run.store.url}/adapter")
+
+
+def _leave(config: RunConfig, run: RunFolder, record: Record, model: object, tokenizer: Tokenizer) -> None:
+    """What a run leaves: the adapter, then its state. No rank goes before this is done: launchers end all with one."""
+    trained = record.progress.step > 0
+    target = run.store.child("adapter")
+    adapter.write(model, record.progress.adapter, tokenizer, target, trained, config.model.revision)
+    record.finish()
 
 
 def _fits(data: Dataset, architecture: object, name: str, packing: bool) -> None:

@@ -4,6 +4,7 @@ A rank asks for its shares of the tensors (with one rank: all of each) and gets 
 bitsandbytes' quantization of the whole tensor. Nothing here knows modules or DeepSpeed.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 from job.cache import Cache
 from job.config.learning import Quantization
+from job.errors import ModelError
 from job.headers import Tensor
 from job.reading import Range, read_ahead
 from job.store import Store
@@ -26,8 +28,12 @@ _ODD = -7046029254386353131
 """0x9E3779B97F4A7C15 as int64: 2^64 over the golden ratio, which spreads neighbouring places."""
 NESTED_BLOCK = 256
 """Scales that share one scale of their own under double quantization."""
-CHUNK = 1 << 24
-"""Elements read at once: 32 MiB of bf16. Whole blocks, so chunking never changes a scale."""
+CHUNK = 1 << 22
+"""Elements quantized at once: 8 MiB of bf16, of which several come with one request. Whole blocks, so that chunking
+never changes a scale."""
+
+AHEAD = 192 << 20
+"""Bytes read ahead: with what is being quantized, a rank takes about 256 MiB besides its share."""
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -109,7 +115,7 @@ def stream(
     in_blocks = [share.quantize and quantization.type in ("nf4", "fp4") for share in shares]
     chunks = [_chunks(share, blocks) for share, blocks in zip(shares, in_blocks, strict=True)]
     ranges = [_bytes(share.tensor, *chunk) for share, own in zip(shares, chunks, strict=True) for chunk in own]
-    with closing(read_ahead(store, ranges, progress=progress, cache=cache)) as contents:
+    with closing(read_ahead(store, ranges, AHEAD, progress=progress, cache=cache)) as contents:
         for share, own, blocks in zip(shares, chunks, in_blocks, strict=True):
             values = (_values(next(contents), share.tensor.dtype) for _ in own)
             if blocks:
@@ -135,9 +141,13 @@ def dequantized(pieces: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
 
 def _plain(values: Iterable[torch.Tensor], share: Share, dtype: torch.dtype, device: str) -> torch.Tensor:
     flat, filled = torch.empty(share.stop - share.start, dtype=dtype, device=device), 0
+    odd = torch.zeros((), device=device)
     for part in values:
-        flat[filled : filled + part.numel()] = part.to(device, dtype)
-        filled += part.numel()
+        here = part.to(device)
+        odd += here.sum(dtype=torch.float32) * 0
+        flat[filled : filled + here.numel()] = here.to(dtype)
+        filled += here.numel()
+    _refuse_not_finite(odd, share)
     return flat.view(share.tensor.shape) if flat.numel() == share.tensor.numel else flat
 
 
@@ -150,18 +160,31 @@ def _four_bits(
     exchange: Exchange,
 ) -> Piece:
     kind: Literal["nf4", "fp4"] = "nf4" if quantization.type == "nf4" else "fp4"
-    wide_start = share.start - share.start % BLOCK
-    packed, scales = [torch.empty(0, dtype=torch.uint8, device=device)], [torch.empty(0, device=device)]
+    wide_start, wide_stop = _widened(share)
+    packed = torch.empty((wide_stop - wide_start + 1) // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(-(-(wide_stop - wide_start) // BLOCK), device=device)
+    filled, odd = 0, torch.zeros((), device=device)
     for part in values:
-        codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(part.to(device, dtype), BLOCK, kind, torch.uint8)
-        packed.append(codes.view(-1))
-        scales.append(absmax)
-    bytes_wide, scales_wide = torch.cat(packed), torch.cat(scales)
-    skip = (share.start - wide_start) // 2
-    data = bytes_wide[skip : skip + (share.stop - share.start + 1) // 2].clone()
+        here = part.to(device)
+        odd += here.sum(dtype=torch.float32) * 0
+        codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(here.to(dtype), BLOCK, kind, torch.uint8)
+        packed[filled // 2 : filled // 2 + codes.numel()] = codes.view(-1)
+        scales[filled // BLOCK : filled // BLOCK + absmax.numel()] = absmax
+        filled += part.numel()
+    _refuse_not_finite(odd, share)
+    skip, size = (share.start - wide_start) // 2, (share.stop - share.start + 1) // 2
+    data = packed if size == packed.numel() else packed[skip : skip + size].clone()
     skip = -(-share.start // BLOCK) - wide_start // BLOCK
-    absmax = exchange(scales_wide[skip : skip + share.scales], share)
+    absmax = exchange(scales[skip : skip + share.scales], share)
     return Piece(share, data.view(-1, 1), _state(absmax, share.tensor, kind, dtype, quantization.double_quant))
+
+
+def _refuse_not_finite(odd: torch.Tensor, share: Share) -> None:
+    """`odd` is zero times the sum of all values: not a number as soon as one of them is infinite or none."""
+    if not torch.isfinite(odd):
+        raise ModelError(
+            f"{share.tensor.file}: {share.tensor.name} holds values that are not finite. Copy the checkpoint again"
+        )
 
 
 def fingerprint(data: torch.Tensor) -> torch.Tensor:
@@ -196,10 +219,15 @@ def _state(absmax: torch.Tensor, tensor: Tensor, kind: str, dtype: torch.dtype, 
 def _chunks(share: Share, in_blocks: bool) -> list[tuple[int, int]]:
     """The share in stretches of elements that are read at once. A block of weights has one scale: those that a share
     has in common with its neighbours are read whole."""
-    start, stop = share.start, share.stop
-    if in_blocks and start < stop:
-        start, stop = start - start % BLOCK, min(stop + -stop % BLOCK, share.tensor.numel)
+    start, stop = _widened(share) if in_blocks else (share.start, share.stop)
     return [(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
+
+
+def _widened(share: Share) -> tuple[int, int]:
+    """The share with the whole of its first and last block; nothing when it is empty."""
+    if share.start == share.stop:
+        return share.start, share.stop
+    return share.start - share.start % BLOCK, min(share.stop + -share.stop % BLOCK, share.tensor.numel)
 
 
 def _bytes(tensor: Tensor, start: int, stop: int) -> Range:
@@ -208,4 +236,6 @@ def _bytes(tensor: Tensor, start: int, stop: int) -> Range:
 
 
 def _values(content: memoryview, dtype: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(content), dtype=TORCH_DTYPE[dtype])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be written to: it is only read
+        return torch.frombuffer(content, dtype=TORCH_DTYPE[dtype])

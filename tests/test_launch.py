@@ -1,5 +1,6 @@
 """However the workers are started, the run is the same."""
 
+import json
 import os
 import signal
 import subprocess
@@ -132,3 +133,61 @@ def test_workers_do_not_outlive_who_started_them(endless: Callable[[], subproces
     process.kill()
     process.wait()
     wait_for(lambda: not any(map(alive, workers)), 20)
+
+
+def test_a_worker_that_dies_alone_ends_those_that_wait_for_it(
+    endless: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = endless()
+    first, second = workers_of(process.pid)
+    os.kill(first, signal.SIGSTOP)  # as one that is stuck in a collective
+    os.kill(second, signal.SIGKILL)
+    assert process.wait(40) == 1
+    assert not alive(first)
+    assert '"failed"' in (tmp_path / "out/endless/status.json").read_text()
+
+
+def test_when_the_first_worker_is_killed_its_launcher_says_so_and_writes_the_status(
+    endless: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = endless()
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert "worker 0 was ended by SIGKILL" in (tmp_path / "log").read_text()
+    status = json.loads((tmp_path / "out/endless/status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "worker 0 was ended by SIGKILL")
+    assert status["step"] >= 1
+
+
+def test_no_worker_goes_before_the_first_has_written_what_the_run_leaves(run_file: RunFile, tmp_path: Path) -> None:
+    slow = tmp_path / "slow/sitecustomize.py"
+    slow.parent.mkdir()
+    slow.write_text(
+        "import sys, threading, time\n"
+        "def delay():\n"
+        "    while not hasattr(sys.modules.get('job.adapter'), 'load'): time.sleep(0.01)\n"
+        "    adapter = sys.modules['job.adapter']; write = adapter.write\n"
+        "    adapter.write = lambda *a, **k: (time.sleep(14), write(*a, **k))\n"
+        "threading.Thread(target=delay, daemon=True).start()\n"
+    )
+    config = run_file("endless", train={**SHARED["train"], "max_steps": 100_000})
+    words = [str(word) for word in launchers(config)["qlora"]]
+    with open(tmp_path / "log", "w") as log:
+        env = {**ENV, "PYTHONPATH": str(slow.parent)}
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=env, cwd=REPOSITORY, text=True)
+    wait_for(lambda: "step 1/" in (tmp_path / "log").read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75, (tmp_path / "log").read_text()
+    assert '"interrupted"' in (tmp_path / "out/endless/status.json").read_text()
+    assert (tmp_path / "out/endless/adapter/adapter_model.safetensors").exists()
+
+
+def test_a_signal_before_the_run_began_is_said_and_ends_with_75(run_file: RunFile, tmp_path: Path) -> None:
+    words = [str(word) for word in launchers(run_file("early", **SHARED))["qlora"]]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, env=ENV, cwd=REPOSITORY, text=True)
+    wait_for(lambda: len(workers_of(process.pid)) == 2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM came before the run began. Start it again when you like" in said
+    assert not (tmp_path / "out/early").exists()

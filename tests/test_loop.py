@@ -20,11 +20,11 @@ from tests.test_config import LEAST
 class Scripted:
     """An engine whose steps were applied or not as scripted, then always."""
 
-    def __init__(self, applied: list[bool]):
-        self.applied = iter(applied)
+    def __init__(self, applied: list[bool], grad_norm: float):
+        self.applied, self.grad_norm = iter(applied), grad_norm
 
     def train_step(self, batch: GlobalBatch, micro_batches: Any, rate: float) -> Step:
-        return Step(loss=2.0, grad_norm=1.0, applied=next(self.applied, True))
+        return Step(loss=2.0, grad_norm=self.grad_norm, applied=next(self.applied, True))
 
     def gather(self) -> dict[str, Any]:
         return {}
@@ -42,12 +42,12 @@ class Endless:
         return []
 
 
-def go(applied: list[bool], steps: int) -> list[dict[str, float]]:
+def go(applied: list[bool], steps: int, grad_norm: float = 1.0) -> list[dict[str, float]]:
     config = parse_config(LEAST)
     plan = make_plan(config, World(), Hardware("cpu", "CPU", True, 8)).with_steps(steps)
     data = cast(Dataset, SimpleNamespace(train=Endless(), held_out=None))
     rows: list[Any] = []
-    engine = cast(Engine, Scripted(applied))
+    engine = cast(Engine, Scripted(applied, grad_norm))
     loop.run(engine, data, plan, config, World(), rows.append, lambda: None, loop.Progress())
     return rows
 
@@ -62,3 +62,9 @@ def test_a_run_whose_every_step_is_left_out_fails_with_the_cure() -> None:
     with pytest.raises(JobError, match=message):
         go([True, True, *[False] * 30], 100)
     assert len(go([*[False] * 24, True] * 2, 60)) == 60
+
+
+@pytest.mark.parametrize("norm", [0.0, float("inf"), float("nan")])
+def test_an_adapter_that_no_gradient_reaches_ends_the_run_after_its_first_step(norm: float) -> None:
+    with pytest.raises(JobError, match=rf"the gradients of the adapter have the norm {norm} in the first step"):
+        go([], 5, norm)

@@ -1,5 +1,6 @@
 """Stopped or failing: what a run leaves behind, what it says, and its exit code."""
 
+import errno
 import json
 import os
 import pty
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 
+from job.config import load_config
+from job.run_folder import RunFolder
 from job.stop import StopRequest
 from tests.conftest import REPOSITORY, alpaca_rows, losses, metrics, write_rows
 from tests.forked import Command, run
@@ -183,3 +186,25 @@ def test_an_evaluation_before_the_first_step_is_in_the_metrics_of_a_stopped_run(
         command.send(signal.SIGUSR1)
         assert command.wait().code == 75
     assert metrics(tmp_path / "out/run")[0]["step"] == 0
+
+
+def test_a_closed_terminal_stops_the_run_like_a_signal_that_asks(run_file: RunFile, tmp_path: Path) -> None:
+    with Command("train", run_file(), ENDLESS) as command:
+        command.wait_for("step 2/")
+        command.send(signal.SIGHUP)
+        done = command.wait()
+    assert done.code == 75
+    assert status(tmp_path / "out/run")["state"] == "interrupted"
+
+
+def test_a_full_disk_leaves_a_true_status(run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(load_config(str(run_file())))
+    folder.begin()
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder.store, "write", full)
+    folder.write_status("failed", "storage failed after step 7", 7)
+    found = status(tmp_path / "out/run")
+    assert (found["state"], found["step"]) == ("failed", 7)

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 
 from job import adapter
 from job.config import parse_config
-from job.errors import AdapterError, ConfigError, InputError, JobError, ModelError
+from job.errors import AdapterError, InputError, JobError, ModelError
 from job.report import summary
 from job.train import train
 from job.world import World
 from tests.conftest import REPOSITORY, alpaca_rows, losses, make_llama, make_tokenizer, metrics, write_rows
+from tests.ranks import run_ranks
 
 RunFile = Callable[..., Path]
 HALF = {"dropout": 0.5}
@@ -351,9 +352,24 @@ def test_a_gpu_that_runs_out_of_memory_is_one_sentence_with_the_cure(
     assert (status["state"], status["step"]) == ("failed", 0) and "train.recompute: full" in status["reason"]
 
 
+@pytest.mark.parametrize(
+    "fault", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 TB")]
+)
+def test_a_host_that_runs_out_of_memory_is_one_sentence_with_the_cure(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("job.engine.Engine.train_step", full)
+    with pytest.raises(JobError, match=r"this machine's memory ran out after step 0 \(.*\). Lower lora.rank, "):
+        run(run_file())
+
+
 def test_a_batch_that_the_ranks_cannot_share_is_refused(run_file: RunFile) -> None:
-    with pytest.raises(ConfigError, match=r"4 is not a multiple of 6 \(2 per rank x 3 ranks\). Try 6 or 12"):
-        train(parse_config(run_file().read_text()), World(0, 3), lambda line: None)
+    for done in run_ranks(3, "train", run_file()):
+        assert done.code == 2
+        assert "4 is not a multiple of 6 (2 per rank x 3 ranks). Try 6 or 12" in done.err
 
 
 GOOD = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}

@@ -1,6 +1,10 @@
 """The streaming quantizer: bit-equal to bitsandbytes, whole or in shares, and never reading more than its share."""
 
+import json
 import random
+import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +152,55 @@ def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model.safetensors ends within bytes 72 to 16,456: the file is cut off"):
         list(stream(store, [Share("w", tensor, 0, tensor.numel, True)], Quantization(), torch.float32, "cpu"))
+
+
+BOUNDED = """
+import sys
+from pathlib import Path
+import torch
+from job.config.learning import Quantization
+from job.headers import read_headers
+from job.store import Store
+from job.weights import Share, stream
+
+def peak():
+    return next(int(line.split()[1]) >> 10 for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+
+store = Store(sys.argv[1])
+shares = [Share(name, tensor, 0, tensor.numel, True, 2) for name, tensor in sorted(read_headers(store).items())]
+small = Share(shares[0].name, shares[0].tensor, 0, 1 << 20, True, 2)
+how = Quantization(double_quant=False)
+list(stream(store, [small], how, torch.bfloat16, "cpu"))  # libraries and their pools
+before = peak()
+pieces = list(stream(store, shares, how, torch.bfloat16, "cpu"))
+kept = sum(piece.data.numel() + 4 * piece.state.absmax.numel() for piece in pieces) >> 20
+print(peak() - before, kept)
+"""
+
+
+def test_host_memory_is_the_pieces_and_a_bounded_buffer_never_the_checkpoint(tmp_path: Path) -> None:
+    shape, count = [8192, 8192], 10
+    each = 2 * shape[0] * shape[1]
+    about = {
+        f"w{n}": {"dtype": "BF16", "shape": shape, "data_offsets": [n * each, (n + 1) * each]} for n in range(count)
+    }
+    header = json.dumps(about).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + count * each)  # zeros, which take no disk
+    done = subprocess.run([sys.executable, "-c", BOUNDED, str(tmp_path)], capture_output=True, text=True, check=True)
+    grown, kept = map(int, done.stdout.split())
+    read_ahead, working = 256, 160
+    assert grown < kept + read_ahead + working < count * each >> 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quantize", [True, False])
+def test_values_that_are_not_finite_are_refused_by_the_tensors_name(
+    tmp_path: Path, value: float, quantize: bool
+) -> None:
+    values = torch.randn(64, 64)
+    values[40, 3] = value
+    store, tensor = checkpoint(tmp_path, values)
+    with pytest.raises(ModelError, match=r"model.safetensors: w holds values that are not finite. Copy the checkpoint"):
+        list(stream(store, [Share("w", tensor, 0, tensor.numel, quantize, 2)], Quantization(), torch.bfloat16, "cpu"))

@@ -9,14 +9,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from job.config import RunConfig
+from job.errors import InputError, Interrupted
+from job.run_folder import RunFolder
 from job.stop import SIGNALS
 from job.world import ranks_on
 
 LAST_WORDS_S = 10.0
 """How long the others may go on when one worker has ended with a fault: they mostly have the same one."""
+SECOND_CTRL_C_S = 5.0
+"""How long a worker may take to say that it was stopped by a second Ctrl-C."""
 PARENT_DIED = 1
 """prctl's PR_SET_PDEATHSIG: the worker is killed when this process is, however that happens."""
 
@@ -32,11 +37,14 @@ def workers(config: RunConfig, gpus: int) -> int:
     return ranks_on(config.parallel.processes, gpus)
 
 
-def start(words: Sequence[str], count: int, gpus: int, say: Say) -> int:
-    """Run `qlora` with these words in `count` workers to their end; returns the exit code of the first that failed.
+def start(config: RunConfig, words: Sequence[str], count: int, gpus: int, say: Say) -> int:
+    """Run `qlora` with these words in `count` workers to their end; returns the exit code of one that failed, best of
+    all one that a signal ended, else the first by rank.
 
-    The first worker speaks; what the others say is shown when one of them fails alone.
+    The first worker speaks; what the others say is shown when one of them fails alone. status.json is true afterwards,
+    even if nobody was left to write it.
     """
+    begun = datetime.now(UTC).replace(microsecond=0)
     threads = max(len(os.sched_getaffinity(0)) // count, 1)
     where = f"{count} GPUs" if gpus else f"this CPU, {threads} thread{'s' if threads > 1 else ''} each"
     say(f"{count} workers on {where}")
@@ -48,10 +56,20 @@ def start(words: Sequence[str], count: int, gpus: int, say: Say) -> int:
             env = {"OMP_NUM_THREADS": str(threads), **os.environ, **{name: str(n) for name, n in numbers.items()}}
             group = running[0].pid if running else 0  # its own, so that a terminal's Ctrl-C comes through here
             running += [_worker(words, env, group, Path(folder, str(rank)) if rank else None)]
-        first = _Watch(running).until_the_end()
-        if first:
-            say(_last_words(running, first, folder))
-        return 0 if first is None else max(running[first].returncode, 1)  # a signal's is negative
+        watch = _Watch(running)
+        first = watch.until_the_end()
+        if first is None:
+            return 0
+        code = running[first].returncode
+        if -code in watch.handed_on:
+            say(f"{signal.Signals(-code).name} came before the run began. Start it again when you like")
+            return Interrupted.exit_code
+        said = _last_words(running, first, folder)
+        if first or code < 0:  # the first worker has said for itself what was wrong
+            say(said)
+    if code not in (InputError.exit_code, Interrupted.exit_code):
+        RunFolder(config).abandon(said.splitlines()[0], begun)
+    return 130 if watch.interrupts > 1 else max(code, 1)  # a signal's code is negative
 
 
 def _worker(words: Sequence[str], env: dict[str, str], group: int, quiet: Path | None) -> subprocess.Popen[bytes]:
@@ -76,18 +94,20 @@ class _Watch:
     def __init__(self, running: Sequence[subprocess.Popen[bytes]]):
         self.running = running
         self.interrupts = 0
+        self.handed_on: set[int] = set()
+        self.deadline = float("inf")
         self.before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
 
     def until_the_end(self) -> int | None:
-        """Wait for all; the number of the worker that failed first, None when none did."""
-        deadline = float("inf")
+        """Wait for all; the number of a worker that failed, None when none did."""
         failed: list[int] = []
         try:
-            while any(worker.poll() is None for worker in self.running):
+            while None in [worker.poll() for worker in self.running]:  # each is asked, or none but the first ever ends
                 failed = self._failed()
-                if failed and deadline == float("inf"):
-                    deadline = time.monotonic() + LAST_WORDS_S
-                if time.monotonic() > deadline:
+                # an interrupted run ends by itself, once the first worker has written what it leaves
+                if any(self.running[rank].returncode != Interrupted.exit_code for rank in failed):
+                    self.deadline = min(self.deadline, time.monotonic() + LAST_WORDS_S)
+                if time.monotonic() > self.deadline:
                     break
                 time.sleep(0.05)
             failed = self._failed()
@@ -103,9 +123,10 @@ class _Watch:
         return [rank for rank, worker in enumerate(self.running) if worker.returncode]
 
     def _hand_on(self, number: int, frame: object) -> None:
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts > 1 and sys.stdin.isatty():
-            raise KeyboardInterrupt
+        self.interrupts += number == signal.SIGINT and sys.stdin.isatty()
+        self.handed_on.add(number)
+        if self.interrupts > 1:
+            self.deadline = min(self.deadline, time.monotonic() + SECOND_CTRL_C_S)
         for worker in self.running:
             if worker.poll() is None:
                 worker.send_signal(number)
