@@ -15,6 +15,7 @@ from job.run_folder import RunFolder
 from job.train import train
 from job.world import World
 from tests.conftest import alpaca_rows, settings, write_rows
+from tests.forked import Command
 
 RunFile = Callable[..., Path]
 TEMPLATE = "data.template={prompt: '{instruction}', completion: '{output}'}"
@@ -101,3 +102,13 @@ def test_a_question_or_row_that_the_chat_template_refuses_says_what_to_do(
     assert str(refused.value) == expected
     with pytest.raises(DataError, match=r"rows\.jsonl line 1: the model's chat template refuses these turns: no rude"):
         responder.compare_row(row)
+
+
+def test_chat_says_which_question_cannot_be_asked_and_asks_again(run_file: RunFile, tmp_path: Path) -> None:
+    path = run_file(generation=BRIEF)
+    trained(path)
+    (tmp_path / "said").write_bytes(b"How much is \xfcber?\nHow much?\n\n")
+    with Command("chat", path, stdin=str(tmp_path / "said")) as command:
+        done = command.wait()
+    assert done.code == 0 and done.out, done
+    assert done.err == "the question is no UTF-8 text. Set the terminal to UTF-8 and ask again\n"
