@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from job import __version__
-from job.errors import InputError, Interrupted, JobError
+from job.errors import InputError, Interrupted, JobError, OutputError
 
 app = typer.Typer(
     name="qlora",
@@ -55,6 +55,8 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
     import os
 
     settings_read = _load(config, settings)
+    if settings_read.output.url.startswith("memory://"):
+        raise OutputError(f"output.url: {settings_read.output.url} goes with this process. Use a folder or a bucket")
     from job.hardware import count_gpus
     from job.launch import local
     from job.world import World, started_by_launcher

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,12 @@ class Status:
     updated: str
 
 
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself where there is none yet."""
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    return not there.is_dir() or os.access(there, os.W_OK | os.X_OK)  # what a file there means is said later
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes all text that begins like a number: run files know more numbers than YAML 1.1, such as 2e-4."""
 
@@ -54,6 +61,8 @@ class RunFolder:
             raise OutputError(
                 f"output.url: {config.output.url}: {reason(fault)}. Check the URL, the bucket and storage.endpoint"
             ) from fault
+        if self.store.is_local and not _writable(Path(self.store.path("."))):
+            raise OutputError(f"output.url: {config.output.url} cannot be written. Use a folder that is yours")
         if bucket:
             raise OutputError(f"output.url: {config.output.url}: there is no bucket {bucket}. Create it or use another")
         try:

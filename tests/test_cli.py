@@ -278,3 +278,9 @@ def test_an_output_url_with_another_run_is_refused_and_left_alone(run_file: RunF
     assert done.code == 2 and "Traceback" not in done.err
     assert "holds a run with other fixed settings\n  lora.rank: 8 there, 4 here\n  Use another output.url" in done.err
     assert {file.name: file.read_bytes() for file in (tmp_path / "out/run").iterdir()} == before
+
+
+def test_memory_is_no_place_for_what_a_command_leaves(run_file: RunFile) -> None:
+    done = run("train", run_file(output={"url": "memory://runs/a"}))
+    assert done.code == 2
+    assert "output.url: memory://runs/a goes with this process. Use a folder or a bucket" in done.err

@@ -1,6 +1,7 @@
 """The run's folder: the same run again, another run, an unfinished one, somebody else's files, and its status."""
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from datetime import datetime
@@ -209,3 +210,9 @@ def test_a_missing_bucket_is_refused_by_name(s3: S3) -> None:
     assert refusal(config("s3://no-such-bucket/run", storage=s3.storage)) == (
         "output.url: s3://no-such-bucket/run: there is no bucket no-such-bucket. Create it or use another"
     )
+
+
+def test_a_folder_that_may_not_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(OutputError, match=r"cannot be written\. Use a folder that is yours"):
+        RunFolder(config(tmp_path / "a/b"))
