@@ -283,3 +283,14 @@ def test_an_address_with_a_user_name_or_password_is_refused_and_not_shown(key: s
 )
 def test_an_at_sign_elsewhere_in_an_address_is_no_password(url: str) -> None:
     assert minimal(f"data.train={url}").data.train == url
+
+
+def test_a_password_in_what_is_no_yaml_or_no_setting_is_not_shown() -> None:
+    broken = "output: {url: https://anna:geheim@host/x"
+    assert faults(text=broken) == ("is no valid YAML in line 1, and holds a user name or password",)
+    assert faults("output.url=[https://anna:geheim@host/x") == (
+        "a setting with a user name or password: the value is no valid YAML, or output is no section",
+    )
+    assert faults("https://anna:geheim@host/x") == (
+        "a setting with a user name or password: is no setting. Write section.key=value, such as train.max_steps=20",
+    )

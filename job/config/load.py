@@ -77,6 +77,10 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "the ru
     try:
         values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as fault:  # an impossible date is a ValueError
+        if holds_keys(text):  # YAML's own message quotes the text, and so would the exception behind ours
+            mark = fault.problem_mark if isinstance(fault, yaml.MarkedYAMLError) else None
+            where = f" in line {mark.line + 1}" if mark else ""
+            raise ConfigError(source, [f"is no valid YAML{where}, and holds a user name or password"]) from None
         raise ConfigError(source, [f"is no valid YAML: {' '.join(str(fault).split())}"]) from fault
     if not isinstance(values, dict):
         raise ConfigError(source, ["is no mapping of sections such as model, data, output"])
@@ -96,6 +100,7 @@ def _apply(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
     faults = []
     for word in overrides:
         key, equals, text = word.partition("=")
+        word = "a setting with a user name or password" if holds_keys(word) else word
         section, dot, name = key.partition(".")
         if not (equals and dot and section and name):
             faults.append(f"{word}: is no setting. Write section.key=value, such as train.max_steps=20")
