@@ -79,7 +79,7 @@ ALONE: list[Sections] = [
     {"train": {"max_grad_norm": 0.0}},
     *({"quantization": {"type": name}} for name in ("nf4", "fp4", "int8", "none")),
     {"quantization": {"double_quant": False}},
-    *({"quantization": {"compute_dtype": name}} for name in ("auto", "bf16", "fp32")),
+    *({"quantization": {"compute_dtype": name}} for name in ("auto", "bf16", "fp16", "fp32")),
     *({"lora": {"bias": name}} for name in ("none", "all", "lora_only")),
     {"lora": {"rslora": True}},
     {"lora": {"dora": True}},

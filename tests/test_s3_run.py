@@ -10,7 +10,7 @@ import safetensors.torch
 import yaml
 
 from job.config import parse_config
-from tests.conftest import alpaca_rows, settings, write_rows
+from tests.conftest import alpaca_rows, losses, settings, write_rows
 from tests.forked import Done, run
 from tests.s3 import BUCKET, S3
 
@@ -94,3 +94,23 @@ def test_compare_reads_model_data_and_adapter_from_s3(trained: Trained) -> None:
     assert done.code == 0, done.err
     assert all(word in done.out for word in ("question", "wanted", "base", "tuned", "Count to"))
     assert " before, " in done.out and f"adapter: s3://{OUT}/adapter" in done.out
+
+
+def test_a_second_run_on_the_node_downloads_no_weights_again(
+    trained: Trained, tiny_model: Path, s3_server: S3, tmp_path: Path
+) -> None:
+    size = (tiny_model / "model.safetensors").stat().st_size
+    storage = {**s3_server.storage, "cache_dir": str(tmp_path / "cache")}
+    source, rows = f"s3://{BUCKET}/model", f"s3://{BUCKET}/data/rows.jsonl"
+    found = []
+    for name in ("first", "second"):
+        values = settings(source, rows, tmp_path / "out" / name, storage=storage)
+        (trained.here / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        counted = tmp_path / f"{name}-bytes"
+        env = {**trained.env, "COUNT_READ_BYTES": str(counted)}
+        done = run("train", f"{name}.yaml", cwd=trained.here, env=env)
+        assert done.code == 0, done.err
+        found.append((sum(map(int, counted.read_text().split())), losses(tmp_path / "out" / name)))
+    (first, expected), (second, again) = found
+    assert second <= first - 0.95 * size
+    assert again == expected
