@@ -152,8 +152,10 @@ def agree_on_hardware(world: World, hardware: Hardware) -> tuple[World, Hardware
         raise InputError(f"some ranks have a GPU and others none ({places}). Give all of them the same")
     least = min(other.memory_gib for _, other in found)
     bf16 = all(other.bf16 for _, other in found)
-    most = max(here for here, _ in found)
-    return replace(world, local_world_size=most), replace(hardware, memory_gib=least, bf16=bf16)
+    here = {ranks for ranks, _ in found}
+    return replace(world, local_world_size=max(here), even=len(here) == 1), replace(
+        hardware, memory_gib=least, bf16=bf16
+    )
 
 
 def everyone(world: World, mine: T) -> list[T]:

@@ -48,6 +48,8 @@ class World:
     job_id: str | None = None
     local_world_size: int = 0
     """Ranks on this node; 0 means all of them."""
+    even: bool = True
+    """Whether every node has as many, as far as the ranks have told each other."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], local_rank: int | None = None) -> Self:

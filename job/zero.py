@@ -133,10 +133,10 @@ def zero_faults(config: RunConfig, strategy: Strategy, world: World) -> list[str
     ranks, per_node = world.world_size, world.ranks_per_node
     if strategy == "hpz" and world.nodes == 1:
         faults.append("parallel.strategy: hpz replicates between nodes, and here is one. Use zero3")
-    elif strategy == "hpz" and ranks % per_node:
+    elif strategy == "hpz" and (ranks % per_node or not world.even):
+        found = f"{ranks} ranks are not a multiple of {per_node} a node" if ranks % per_node else "here some have fewer"
         faults.append(
-            f"parallel.strategy: hpz needs as many ranks on every node, and {ranks} ranks are not a multiple of "
-            f"{per_node} a node. Start as many on each, or use zero3"
+            f"parallel.strategy: hpz needs as many ranks on every node, and {found}. Start as many on each, or use zero3"
         )
     if sharded and config.quantization.type == "int8":
         faults.append(

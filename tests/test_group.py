@@ -17,7 +17,7 @@ def test_ranks_plan_by_the_least_that_any_of_them_has(monkeypatch: pytest.Monkey
     monkeypatch.setattr(group, "everyone", lambda world, mine: [(2, BIG), (2, BIG), (1, SMALL)])
     world, hardware = group.agree_on_hardware(World(0, 3, 0, local_world_size=2), BIG)
     assert (hardware.memory_gib, hardware.bf16, hardware.name) == (24.0, False, "A")
-    assert world.ranks_per_node == 2
+    assert (world.ranks_per_node, world.even) == (2, False)
 
 
 def test_ranks_with_and_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,9 @@ def test_hpz_on_nodes_with_different_numbers_of_ranks_is_refused() -> None:
         "Start as many on each, or use zero3",
     )
     assert plan("parallel.strategy=zero3", "train.global_batch_size=3", world=uneven).zero.strategy == "zero3"
+    dividing = World(0, 6, local_world_size=3, even=False)  # 3, 1 and 2 ranks
+    with pytest.raises(ConfigError, match="hpz needs as many ranks on every node, and here some have fewer"):
+        plan("parallel.strategy=hpz", "train.global_batch_size=6", world=dividing)
 
 
 @pytest.mark.parametrize(
