@@ -136,7 +136,8 @@ def zero_faults(config: RunConfig, strategy: Strategy, world: World) -> list[str
     elif strategy == "hpz" and (ranks % per_node or not world.even):
         found = f"{ranks} ranks are not a multiple of {per_node} a node" if ranks % per_node else "here some have fewer"
         faults.append(
-            f"parallel.strategy: hpz needs as many ranks on every node, and {found}. Start as many on each, or use zero3"
+            f"parallel.strategy: hpz needs as many ranks on every node, and {found}. "
+            "Start as many on each, or use zero3"
         )
     if sharded and config.quantization.type == "int8":
         faults.append(
