@@ -248,12 +248,14 @@ def test_a_bucket_that_asks_for_a_longer_pause_gets_it(store: Watched, pauses: l
 
 @pytest.mark.parametrize(
     ("asked", "low", "high"),
-    [(formatdate(time.time() + 120, usegmt=True), 1, 120), ("86400", 300, 300), ("soon", 0.5, 0.5), ("-5", 0.5, 0.5)],
+    [("in two minutes", 1, 120), ("86400", 300, 300), ("soon", 0.5, 0.5), ("-5", 0.5, 0.5)],
     ids=["date", "a day", "words", "negative"],
 )
 def test_a_date_is_waited_for_a_day_is_not(
     store: Watched, pauses: list[float], asked: str, low: float, high: float
 ) -> None:
+    if asked == "in two minutes":  # by the clock of this test, not of the collection of all
+        asked = formatdate(time.time() + 120, usegmt=True)
     store.answer = failing(throttled(503, {"retry-after": asked}))
     list(read_ahead(store, [Range("a", 3, 9)]))
     assert low <= pauses[0] <= high
