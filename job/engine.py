@@ -123,7 +123,7 @@ class Engine:
 
 
 def _gather_by_layer(model: Any) -> None:
-    """Have ZeRO-3 gather a decoder layer at a time: linear by linear costs half the speed (bench/RESULTS.md)."""
+    """Have ZeRO-3 gather a decoder layer at a time: one gather instead of one for each linear."""
     names = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
     layers = {type(module) for module in model.modules() if type(module).__name__ in names}
     if layers:

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from job.errors import JobError
 from job.group import everyone, joined
 from job.plan import Plan
-from job.swap import STORAGE, swapped, with_buffers
+from job.swap import STORAGE, stored, swapped, with_buffers
 from job.weights import Exchange, Piece, Share, fingerprint, split
 from job.world import World
 
@@ -109,7 +109,7 @@ def partitioner(plan: Plan, world: World, shares: Iterable[Share]) -> Callable[[
         if piece.state is not None:
             storage = STORAGE[plan.storage]
             own = F.pad(own, (0, -own.numel() % storage.itemsize)).view(storage)
-            units = -(-share.tensor.numel // share.unit)
+            units = stored(share)
             shape: Sequence[int] = (units, 1)
         else:
             units, shape = share.tensor.numel, share.tensor.shape

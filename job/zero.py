@@ -17,12 +17,12 @@ STAGE = {"replicate": 1, "zero2": 2, "zero3": 3, "hpz": 3}
 BUCKET = 50_000_000
 PREFETCH_BYTES = 200_000_000
 MAX_LIVE_BYTES = 400_000_000
-"""Stored bytes of gathered weights; DeepSpeed's default of 1e9 elements keeps most of a 4-bit 7B base alive. On two
-H200s these cost no speed and 1.5 GiB less than the defaults (bench/RESULTS.md)."""
+"""Stored bytes of gathered weights, fetched ahead and alive at once: four layers of a 4-bit 7B base. DeepSpeed's default
+of 1e9 elements may keep a third of it alive."""
 SMALLEST_BUFFER = 1 << 21
 """Elements: adapters pass through the swap buffers once, on their way to where they stay."""
 PERSISTENCE = 1_000_000
-"""Adapters and norms stay whole on every rank; DeepSpeed's default of 1e5 gathers adapters in every layer."""
+"""Norms and adapters of usual ranks stay whole on every rank; DeepSpeed's default of 1e5 gathers the larger of them."""
 
 
 @dataclass(frozen=True)
