@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import jinja2
 
 from job.config.learning import PLACE
-from job.formats import Segment, single_braces
+from job.formats import single_braces
 from job.tokenizer import Tokenizer
+from job.turns import Segment
 
 TURNS = ("system", "user", "assistant", "tool")
 PLAIN_TEMPLATE = {

@@ -178,9 +178,9 @@ def compare(
 def chat(config: Config, settings: Settings = None) -> None:
     """Talk to the tuned model; an empty line or Ctrl-D ends it."""
     run = _load(config, settings)
-    from job.formats import Segment
     from job.generate import Responder
     from job.model import quiet_libraries
+    from job.turns import Segment
 
     quiet_libraries()
     responder = Responder(run)

@@ -8,7 +8,7 @@ from job.zero import Strategy
 
 SPARE = 0.06
 """Share of a device that stays free: torch's allocator holds blocks that it cannot reuse, and the formulas are not
-exact (within 3% of the peaks in bench/RESULTS.md)."""
+exact (within 4% of the peaks in bench/RESULTS.md)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from job.data.load import make_encoder
 from job.data.rows import Row
 from job.data.split import read_split
 from job.errors import DataError, InputError
-from job.formats import Segment
 from job.hardware import this_hardware
 from job.headers import read_headers
 from job.model import DTYPE, add_adapter, build, place, shares
@@ -23,6 +22,7 @@ from job.plan import make_plan
 from job.pretrained import base_name, fetch, fetch_weights, read_config
 from job.run_folder import RunFolder
 from job.tokenizer import Tokenizer
+from job.turns import Segment
 from job.weights import dequantized, stream
 from job.world import World
 

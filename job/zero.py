@@ -17,8 +17,8 @@ STAGE = {"replicate": 1, "zero2": 2, "zero3": 3, "hpz": 3}
 BUCKET = 50_000_000
 PREFETCH_BYTES = 200_000_000
 MAX_LIVE_BYTES = 400_000_000
-"""Stored bytes of gathered weights, fetched ahead and alive at once: four layers of a 4-bit 7B base. DeepSpeed's default
-of 1e9 elements may keep a third of it alive."""
+"""Stored bytes of gathered weights, fetched ahead and alive at once: four layers of a 4-bit 7B base. DeepSpeed's
+default of 1e9 elements may keep a third of it alive."""
 SMALLEST_BUFFER = 1 << 21
 """Elements: adapters pass through the swap buffers once, on their way to where they stay."""
 PERSISTENCE = 1_000_000

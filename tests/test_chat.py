@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from job.chat import Encoded, chat_format, encode, prompt_ids, stop_ids
-from job.formats import FORMATS, Segment, format_of, learn_last, segments_of
+from job.formats import FORMATS, format_of, learn_last, segments_of
 from job.tokenizer import Tokenizer
+from job.turns import Segment
 from tests.chat_models import MODELS, byte_level, sentencepiece
 from tests.conftest import CHATML, make_tokenizer
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from job.errors import InputError
-from job.formats import FORMATS, Segment, format_of, learn_last, segments_of
+from job.formats import FORMATS, format_of, learn_last, segments_of
+from job.turns import Segment
 
 S, U, A, T = "system", "user", "assistant", "text"
 PLACES = {"prompt": "Q: {q}\n[[Context: {c}\n]]A: ", "completion": "{a}!"}

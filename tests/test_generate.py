@@ -9,10 +9,10 @@ import yaml
 
 from job.config import parse_config
 from job.errors import DataError, InputError
-from job.formats import Segment
 from job.generate import Responder
 from job.run_folder import RunFolder
 from job.train import train
+from job.turns import Segment
 from job.world import World
 from tests.conftest import alpaca_rows, settings, write_rows
 from tests.forked import Command

@@ -15,8 +15,9 @@ from job.config.learning import Data
 from job.data.rows import Row
 from job.data.truncate import fit, windows
 from job.errors import DataError
-from job.formats import Format, Segment, learn_last, segments_of
+from job.formats import Format, learn_last, segments_of
 from job.tokenizer import Tokenizer
+from job.turns import Segment
 
 
 @dataclass(frozen=True)

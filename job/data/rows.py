@@ -16,8 +16,8 @@ import pyarrow.parquet
 
 from job.config.running import Storage
 from job.errors import DataError
-from job.formats import kind_of
 from job.store import Store, compression, fs_options, open_text, reason, without_query
+from job.turns import kind_of
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
