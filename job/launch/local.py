@@ -50,13 +50,13 @@ def start(config: RunConfig, words: Sequence[str], count: int, gpus: int, say: S
     say(f"{count} workers on {where}")
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     with tempfile.TemporaryDirectory(prefix="qlora-workers-") as folder:
-        running: list[subprocess.Popen[bytes]] = []
+        watch = _Watch()
+        running = watch.running
         for rank in range(count):
             numbers = {**shared, "RANK": rank, "LOCAL_RANK": rank}
             env = {"OMP_NUM_THREADS": str(threads), **os.environ, **{name: str(n) for name, n in numbers.items()}}
             group = running[0].pid if running else 0  # its own, so that a terminal's Ctrl-C comes through here
-            running += [_worker(words, env, group, Path(folder, str(rank)) if rank else None)]
-        watch = _Watch(running)
+            watch.add(_worker(words, env, group, Path(folder, str(rank)) if rank else None))
         first = watch.until_the_end()
         if first is None:
             return 0
@@ -89,14 +89,21 @@ def _worker(words: Sequence[str], env: dict[str, str], group: int, quiet: Path |
 
 
 class _Watch:
-    """Hands signals on to the workers, ends all when one fails."""
+    """Hands signals on to the workers, ends all when one fails. It listens before the first of them starts."""
 
-    def __init__(self, running: Sequence[subprocess.Popen[bytes]]):
-        self.running = running
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[bytes]] = []
         self.interrupts = 0
         self.handed_on: set[int] = set()
         self.deadline = float("inf")
-        self.before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {number: signal.signal(number, self._hand_on) for number in heard}
+
+    def add(self, worker: subprocess.Popen[bytes]) -> None:
+        """Watch one more; a signal that came while it started is handed on to it too."""
+        self.running.append(worker)
+        for number in self.handed_on:
+            worker.send_signal(number)
 
     def until_the_end(self) -> int | None:
         """Wait for all; the number of a worker that failed, None when none did."""
