@@ -23,9 +23,7 @@ BOOL, WHOLE, NUMBER = (
     "input should be a valid number",
 )
 POSITIVE, NOT_NEGATIVE = "input should be greater than 0", "input should be greater than or equal to 0"
-NO_CHECKPOINTS = "Checkpoints are not there yet: a run is written once, at its end"
 OFFLOADS = "input should be 'none', 'cpu' or 'nvme'"
-NO_GRACE = "comes with checkpoints, which are not there yet"
 NOTHING = "names nothing. Give a file, glob, folder, URL or hub id, or a list of them"
 
 
@@ -66,6 +64,7 @@ REFUSED = {
     "data.max_length": ("0", wrong(0, POSITIVE)),
     "data.packing": ("3", wrong(3, BOOL)),
     "data.streaming": ("true", later(True, "Rows are read before training. Use false")),
+    "data.shuffle_buffer": ("0", wrong(0, POSITIVE)),
     "data.workers": ("0", wrong(0, POSITIVE)),
     "data.shuffle": ("3", wrong(3, BOOL)),
     "evaluation.file": ("''", NOTHING),
@@ -91,8 +90,10 @@ REFUSED = {
     "train.recompute": ("off", wrong(False, "input should be 'none' or 'full'")),
     "train.seed": ("-1", wrong(-1, NOT_NEGATIVE)),
     "train.base_compute": ("fp8", later("fp8", "FP8 products on the frozen base are not there yet. Use bf16")),
-    "train.max_hours": ("2.5", later(2.5, f"Stopping ahead of a time limit {NO_GRACE}. Use null")),
-    "train.stop_grace_s": ("60", later(60, f"A grace period {NO_GRACE}. Use 120")),
+    "train.max_hours": ("0", wrong(0, POSITIVE)),
+    "train.stop_grace_s": ("0", wrong(0, POSITIVE)),
+    "train.stop_file": ("3", wrong(3, TEXT)),
+    "train.max_skipped_steps": ("0", wrong(0, POSITIVE)),
     "generation.max_new_tokens": ("0", wrong(0, POSITIVE)),
     "generation.temperature": ("-1", wrong(-1, NOT_NEGATIVE)),
     "generation.top_p": ("0", wrong(0, POSITIVE)),
@@ -114,14 +115,15 @@ REFUSED = {
     "parallel.overlap_comm": ("1", wrong(1, BOOL)),
     "parallel.contiguous_gradients": ("yes please", wrong("yes please", BOOL)),
     "parallel.deepspeed": ("3", wrong(3, TEXT)),
-    "checkpoint.every_steps": ("9", later(9, f"{NO_CHECKPOINTS}. Use null")),
-    "checkpoint.every_epoch": ("true", later(True, f"{NO_CHECKPOINTS}. Use false")),
-    "checkpoint.every_minutes": ("9", later(9.0, f"{NO_CHECKPOINTS}. Use null")),
-    "checkpoint.keep": ("9", later(9, f"{NO_CHECKPOINTS}. Use 3")),
+    "checkpoint.every_steps": ("0", wrong(0, POSITIVE)),
+    "checkpoint.every_epoch": ("1", wrong(1, BOOL)),
+    "checkpoint.every_minutes": ("0", wrong(0, POSITIVE)),
+    "checkpoint.keep": ("0", wrong(0, POSITIVE)),
     "checkpoint.keep_best": (
         "true",
-        later(True, f"{NO_CHECKPOINTS} (evaluation.keep_best keeps the best adapter). Use false"),
+        "judges by evaluations on the way. Set evaluation.every_steps, and evaluation.file or evaluation.share",
     ),
+    "checkpoint.max_restarts": ("-1", wrong(-1, NOT_NEGATIVE)),
     "storage.endpoint": ("9000", wrong(9000, TEXT)),
     "storage.region": ("1", wrong(1, TEXT)),
     "storage.path_style": ("1", wrong(1, BOOL)),
@@ -131,6 +133,8 @@ REFUSED = {
         "'s3://bucket/x' is no folder of this machine. Name one on its own disk, such as /tmp/weights",
     ),
     "storage.cache_gib": ("9", "9 GiB of no folder. Set storage.cache_dir, or use null"),
+    "storage.lease": ("1", wrong(1, BOOL)),
+    "storage.retry_minutes": ("-1", wrong(-1, NOT_NEGATIVE)),
     "output.url": ("/", "is empty or the root. Name a folder such as runs/first or s3://bucket/runs/first"),
     "tracking.sinks": ("[tensorboard]", wrong("tensorboard", "input should be 'console' or 'jsonl'")),
     "tracking.every_steps": ("0", wrong(0, POSITIVE)),

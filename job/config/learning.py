@@ -127,8 +127,11 @@ class Data(Section):
     packing: Fixed[bool] = True
     """Put several rows into one sequence, isolated from each other; off (false) pads rows to the longest of
     their batch. Fixed."""
-    streaming: Annotated[Free[bool], works_only(False, because="Rows are read before training")] = False
-    """Read rows while training instead of before; off (false) holds the tokens in memory. Free."""
+    streaming: Annotated[Fixed[bool], works_only(False, because="Rows are read before training")] = False
+    """Read rows while training instead of before, for data larger than memory and disk; needs train.max_steps. Off
+    (false) holds the tokens in memory. Fixed."""
+    shuffle_buffer: Fixed[PositiveInt] = 10_000
+    """Rows among which a stream is shuffled. Fixed."""
     workers: Free[PositiveInt] = 1
     """Processes that turn rows into tokens; off is 1, this process. Free."""
     shuffle: Fixed[bool] = True
@@ -233,15 +236,15 @@ class Train(Section):
         Fixed[Literal["bf16", "fp8"]], works_only("bf16", because="FP8 products on the frozen base are not there yet")
     ] = "bf16"
     """Products with the frozen base: bf16 means train.precision, fp8 row-scaled 8-bit floats. Fixed."""
-    max_hours: Annotated[
-        Extendable[float | None],
-        works_only(None, because="Stopping ahead of a time limit comes with checkpoints, which are not there yet"),
-    ] = Field(default=None, gt=0)
-    """Hours after which the run saves and stops; off (null) is no limit. Extendable."""
-    stop_grace_s: Annotated[
-        Free[int], works_only(120, because="A grace period comes with checkpoints, which are not there yet")
-    ] = Field(default=120, gt=0)
-    """Seconds that a stopping run may take for its save. Free."""
+    max_hours: Extendable[float | None] = Field(default=None, gt=0)
+    """Hours after which this start of the run saves and stops, train.stop_grace_s before; off (null) is no limit.
+    Extendable."""
+    stop_grace_s: Free[PositiveInt] = 120
+    """Seconds that a stopping run may take for its save; a further signal after them ends it at once. Free."""
+    stop_file: Free[str | None] = None
+    """Path whose appearance on any node asks the run to save and stop; off is null. Free."""
+    max_skipped_steps: Free[PositiveInt] = 10
+    """Steps in a row whose loss or gradients are not finite, left out each, before the run fails. Free."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:

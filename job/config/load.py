@@ -141,7 +141,8 @@ def _sentence(error: ErrorDetails) -> tuple[str, str]:
         return f"{where}: is required. ", _required_hint(at)
     if error["type"] == "value_error":
         fault = str(error["ctx"]["error"])
-        return "" if fault.startswith(f"{where}.") else f"{where}: ", fault
+        named = not where or fault.startswith(f"{where}.")  # a fault between sections names its setting itself
+        return "" if named else f"{where}: ", fault
     found = error["input"]
     shown = type(found).__name__ if isinstance(found, (Mapping, BaseModel)) or holds_keys(str(found)) else repr(found)
     if error["type"] == "model_type":

@@ -1,7 +1,9 @@
 """The whole run file as one value, and a walk over its fields."""
 
 from collections.abc import Iterator
+from typing import Self
 
+from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from job.config.learning import Data, Evaluation, Generation, Lora, Model, Quantization, Train
@@ -37,6 +39,19 @@ class RunConfig(Section):
     """Where the results go."""
     tracking: Tracking = Tracking()
     """Who hears about the progress."""
+
+    @model_validator(mode="after")
+    def _best_by_evaluations(self) -> Self:
+        if self.checkpoint.keep_best and not (self.evaluation.every_steps and self._holds_out):
+            raise ValueError(
+                "checkpoint.keep_best: judges by evaluations on the way. Set evaluation.every_steps, and "
+                "evaluation.file or evaluation.share"
+            )
+        return self
+
+    @property
+    def _holds_out(self) -> bool:
+        return bool(self.evaluation.file or self.evaluation.share)
 
     @property
     def run_name(self) -> str:

@@ -8,10 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from job.config.rules import Extendable, Free
-from job.config.section import Section, works_only
+from job.config.section import Section
 from job.config.urls import NO_KEYS
-
-_NO_CHECKPOINTS = "Checkpoints are not there yet: a run is written once, at its end"
 
 
 class Parallel(Section):
@@ -61,18 +59,18 @@ class Parallel(Section):
 class Checkpoint(Section):
     """What is kept on the way so that an interrupted run goes on."""
 
-    every_steps: Annotated[Free[PositiveInt | None], works_only(None, because=_NO_CHECKPOINTS)] = None
+    every_steps: Free[PositiveInt | None] = None
     """Steps between checkpoints; off is null. Free."""
-    every_epoch: Annotated[Free[bool], works_only(False, because=_NO_CHECKPOINTS)] = False
+    every_epoch: Free[bool] = False
     """A checkpoint after each epoch; off is false. Free."""
-    every_minutes: Annotated[Free[float | None], works_only(None, because=_NO_CHECKPOINTS)] = Field(default=None, gt=0)
-    """Minutes between checkpoints; off is null. Free."""
-    keep: Annotated[Extendable[PositiveInt], works_only(3, because=_NO_CHECKPOINTS)] = 3
+    every_minutes: Free[float | None] = Field(default=15.0, gt=0)
+    """Minutes between checkpoints; off is null. A run that is asked to stop, or ends, writes one in any case. Free."""
+    keep: Extendable[PositiveInt] = 3
     """Newest checkpoints that are kept. Extendable."""
-    keep_best: Annotated[
-        Extendable[bool], works_only(False, because=_NO_CHECKPOINTS + " (evaluation.keep_best keeps the best adapter)")
-    ] = False
-    """Keep the checkpoint of the lowest evaluation loss too; off is false. Extendable."""
+    keep_best: Extendable[bool] = False
+    """Write a checkpoint at each new lowest evaluation loss and keep the lowest one; off is false. Extendable."""
+    max_restarts: Free[NonNegativeInt] = 3
+    """Restarts of a lost run without new checkpoints, after which it counts as failed; off (0) allows none. Free."""
 
 
 class Storage(Section):
@@ -91,6 +89,12 @@ class Storage(Section):
     cache_gib: Free[float | None] = Field(default=None, gt=0)
     """Largest size of what was downloaded into that folder, GiB, the least recently used removed first; off (null) is
     no limit. Free."""
+    lease: Free[bool] = True
+    """Have a second run on the same output.url refused; needs storage that honours conditional puts. Off (false) is
+    for storage without them: two runs there would overwrite each other unnoticed. Free."""
+    retry_minutes: Free[float] = Field(default=10.0, ge=0)
+    """Minutes for which a write is tried again when the storage fails and the run waits for it; off (0) fails at
+    once. Free."""
 
     @field_validator("cache_dir")
     @classmethod
