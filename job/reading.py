@@ -7,7 +7,7 @@ with closing(read_ahead(store, ranges)) as contents:
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -15,7 +15,7 @@ from functools import partial
 
 from job.cache import Cache
 from job.errors import JobError, ModelError
-from job.store import Store, reason
+from job.store import Store, answer, reason
 
 __all__ = ["LONGEST_PAUSE_S", "REQUEST", "Cache", "Range", "answer", "pause", "read_ahead", "retry_after_s"]
 
@@ -214,22 +214,3 @@ def retry_after_s(fault: BaseException) -> float | None:
     except ValueError:
         return None
     return min(max(seconds, 0.0), LONGEST_PAUSE_S)
-
-
-def answer(fault: BaseException | None) -> tuple[int | None, Mapping[str, str]]:
-    """HTTP status and headers of the answer behind an exception, as far as it carries them.
-
-    aiohttp's exception has both; s3fs raises an OSError from botocore's, whose `response` is a dictionary; httpx's and
-    requests' have a response object.
-    """
-    while fault is not None:
-        response = getattr(fault, "response", None)
-        if isinstance(response, dict):
-            about = response.get("ResponseMetadata", {})
-            return about.get("HTTPStatusCode"), about.get("HTTPHeaders", {})
-        found = fault if response is None else response
-        status = getattr(found, "status_code", None) or getattr(found, "status", None)
-        if isinstance(status, int):
-            return status, getattr(found, "headers", None) or {}
-        fault = fault.__cause__
-    return None, {}

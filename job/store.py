@@ -1,8 +1,9 @@
 """Folders and files at any URL, through fsspec: the package's only way to bytes outside the process."""
 
-import errno
 import os
 import re
+from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -29,6 +30,11 @@ class Store:
     def child(self, name: str) -> Self:
         """The folder `name` inside this one."""
         return type(self)(f"{self.url}/{name}", self.storage)
+
+    def renew(self) -> None:
+        """Make the file system anew, also for stores made from now on: the next call reads the keys as they are now."""
+        type(self.fs).clear_instance_cache()
+        self.fs, self.root = url_to_fs(self.url, **fs_options(self.url, self.storage))
 
     def path(self, name: str) -> str:
         """The file's path as its file system wants it."""
@@ -62,7 +68,7 @@ class Store:
         try:
             return bytes(self.fs.cat_file(self.path(name), start=start, end=stop))
         except OSError as fault:
-            if start is not None and fault.errno == errno.EINVAL:  # S3 refuses a range behind the end (416)
+            if start is not None and answer(fault)[0] == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # behind the end
                 return b""
             raise
 
@@ -165,3 +171,22 @@ def reason(fault: BaseException) -> str:
     if type(fault).__name__ == "NoCredentialsError":
         return "no keys. Put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into the environment or an .env file"
     return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+
+
+def answer(fault: BaseException | None) -> tuple[int | None, Mapping[str, str]]:
+    """HTTP status and headers of the answer behind an exception, as far as it carries them.
+
+    aiohttp's exception has both; s3fs raises an OSError from botocore's, whose `response` is a dictionary; httpx's and
+    requests' have a response object.
+    """
+    while fault is not None:
+        response = getattr(fault, "response", None)
+        if isinstance(response, dict):
+            about = response.get("ResponseMetadata", {})
+            return about.get("HTTPStatusCode"), about.get("HTTPHeaders", {})
+        found = fault if response is None else response
+        status = getattr(found, "status_code", None) or getattr(found, "status", None)
+        if isinstance(status, int):
+            return status, getattr(found, "headers", None) or {}
+        fault = fault.__cause__
+    return None, {}
