@@ -1,17 +1,25 @@
 """Folders and files at any URL, through fsspec: the package's only way to bytes outside the process."""
 
+import errno
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
+from uuid import uuid4
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 
 from job.config.running import Storage
+
+_MEMORY = threading.Lock()  # fsspec's memory looks for a file and then makes it, in two steps
+_CONFLICTS = 5
 
 
 class Store:
@@ -94,6 +102,68 @@ class Store:
             Path(draft).unlink(missing_ok=True)
             raise
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that is not there yet, in one step: of several callers at once exactly one makes it.
+
+        Args:
+            name: the file.
+            content: put something unique into it. Clients send a put again whose answer was lost, and hear then that
+                the file exists: who finds just this content there takes it for its own.
+
+        Returns:
+            Whether this call made the file; if not, it is what it was.
+
+        Raises:
+            OSError: the storage failed, or cannot do this: a local file system without hard links.
+        """
+        for attempt in range(_CONFLICTS):
+            try:
+                self._put_new(name, content)
+                return True
+            except Exception as fault:  # drivers differ in what they raise
+                status = answer(fault)[0]
+                if isinstance(fault, FileExistsError) or status == HTTPStatus.PRECONDITION_FAILED:
+                    break
+                if status != HTTPStatus.CONFLICT or attempt == _CONFLICTS - 1:
+                    raise
+                time.sleep(0.1 * 2**attempt)  # AWS: another put or removal is under way, its outcome open
+        with suppress(FileNotFoundError):  # removed since
+            return self.read(name) == content
+        return False
+
+    def _put_new(self, name: str, content: bytes) -> None:
+        if not self.is_local:
+            with _MEMORY if self.url.startswith("memory:") else nullcontext():
+                self.fs.pipe_file(self.path(name), content, mode="create")
+            return
+        # a file opened with O_EXCL would be seen before its content, and stay empty if we died in between
+        draft = f"{name}.{uuid4().hex}.part"
+        try:
+            self.write(draft, content)
+            os.link(self.path(draft), self.path(name))
+        except OSError as fault:
+            if fault.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(errno.EOPNOTSUPP, "this file system has no hard links") from fault
+            raise
+        finally:
+            self.remove(draft, missing_ok=True)
+
+    def age_s(self, name: str) -> float:
+        """Seconds since the file was last written, by the clock of the storage, so that hosts' clocks may differ.
+
+        S3 tells whole seconds: it may be one too many or too few.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        written = self.fs.modified(self.path(name))
+        probe = f"{name}.{uuid4().hex}.probe"
+        self.write(probe, b"now")
+        try:
+            return max(float((self.fs.modified(self.path(probe)) - written).total_seconds()), 0.0)
+        finally:
+            self.remove(probe, missing_ok=True)
+
     def append(self, name: str, content: bytes) -> None:
         """Add to the end of a file of a local folder.
 
@@ -104,11 +174,25 @@ class Store:
             raise NotImplementedError(f"{self.url} cannot append")
         os.makedirs(self.root, exist_ok=True)
         with open(self.path(name), "ab", buffering=0) as file:
-            file.write(content)
+            before, written = file.tell(), 0
+            try:
+                while written < len(content):  # a disk that fills up takes a part, and only then refuses
+                    written += file.write(content[written:])
+            except OSError:
+                file.truncate(before)
+                raise
 
-    def remove(self, name: str) -> None:
-        """Delete the file."""
-        self.fs.rm_file(self.path(name))
+    def remove(self, name: str, missing_ok: bool = False) -> None:
+        """Delete the file.
+
+        Raises:
+            FileNotFoundError: no such file, on storage that says so; not with `missing_ok`.
+        """
+        try:
+            self.fs.rm_file(self.path(name))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
 
 
 def _is_file(entry: dict[str, Any]) -> bool:
@@ -118,6 +202,8 @@ def _is_file(entry: dict[str, Any]) -> bool:
 
 def fs_options(url: str, storage: Storage) -> dict[str, Any]:
     """fsspec's options for a URL: S3 gets endpoint, region, addressing and authorities; others need none."""
+    if url.startswith(("gs://", "gcs://")):
+        return {"use_listings_cache": False}  # as below
     if not is_s3(url):
         return {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}
     client: dict[str, Any] = {}

@@ -1,7 +1,14 @@
 """The store's contract, the same over a local folder, memory and a real S3; and how S3 is reached."""
 
+import errno
+import os
 import secrets
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,6 +16,8 @@ import s3fs
 
 from job.config.running import Storage
 from job.store import Store, fs_options, is_url, open_text, reason
+from tests.conftest import REPOSITORY
+from tests.proxy import before
 from tests.s3 import BUCKET, KEY, S3, SECRET
 
 KINDS = ("file", "memory", "s3")
@@ -94,6 +103,133 @@ def test_a_removed_file_is_gone(store: Store) -> None:
     assert not store.exists("a") and store.names() == []
 
 
+def test_removing_a_missing_file_is_an_error_only_where_it_matters(store: Store) -> None:
+    store.remove("a", missing_ok=True)
+    store.write("a", b"x")
+    store.remove("a", missing_ok=True)
+    assert not store.exists("a")
+    if not store.url.startswith("s3://"):  # S3 does not tell
+        with pytest.raises(FileNotFoundError):
+            store.remove("a")
+
+
+def test_a_file_is_created_once_and_stays_what_it_was(store: Store) -> None:
+    assert store.create("sub/a", b"first")
+    assert not store.create("sub/a", b"second")
+    assert store.read("sub/a") == b"first" and store.child("sub").names() == ["a"]
+    store.write("sub/a", b"third")
+    assert store.read("sub/a") == b"third"
+    store.remove("sub/a")
+    assert store.create("sub/a", b"fourth") and store.read("sub/a") == b"fourth"
+
+
+def test_who_finds_the_own_content_has_created_it(store: Store) -> None:
+    assert store.create("a", b"mine") and store.create("a", b"mine") and not store.create("a", b"theirs")
+
+
+def test_of_racing_threads_one_creates_the_file(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(4):
+            won = list(pool.map(lambda n, turn=turn: store.create(f"{turn}", b"%d" % n), range(8)))
+            assert won.count(True) == 1 and store.read(f"{turn}") == b"%d" % won.index(True)
+    assert store.names() == sorted(map(str, range(4)))
+
+
+RACER = """
+import sys
+from job.config.running import Storage
+from job.store import Store
+url, storage, own = sys.argv[1:]
+store = Store(url, Storage.model_validate_json(storage))
+store.exists("0")
+print("ready", flush=True)
+for turn in sys.stdin:
+    print(store.create(turn.strip(), own.encode()), flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_of_racing_processes_one_creates_the_file(kind: str, request: pytest.FixtureRequest) -> None:
+    store = make_store(kind, request)
+    words = [sys.executable, "-c", RACER, store.url, store.storage.model_dump_json()]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": REPOSITORY, "text": True}
+    racers = [subprocess.Popen([*words, str(n)], **pipes) for n in range(8)]
+    assert {racer.stdout.readline() for racer in racers} == {"ready\n"}
+    for turn in range(3):
+        for racer in racers:
+            racer.stdin.write(f"{turn}\n")
+            racer.stdin.flush()
+        won = [racer.stdout.readline() == "True\n" for racer in racers]
+        assert won.count(True) == 1 and store.read(f"{turn}") == b"%d" % won.index(True)
+    for racer in racers:
+        racer.communicate()
+        assert racer.returncode == 0
+
+
+def test_a_creation_whose_answer_is_lost_is_still_ours(s3: S3) -> None:
+    with before(s3) as proxy:
+        store = Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**proxy.storage))
+        proxy.lost = 1
+        assert store.create("a", b"mine")
+        assert proxy.lost == 0 and proxy.conditional == 2  # the client asked again, and heard that it exists
+        proxy.lost = 1
+        assert not store.create("a", b"theirs")
+        assert store.read("a") == b"mine"
+
+
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
+def test_a_conflict_between_creations_is_tried_again(s3: S3, code: str) -> None:
+    with before(s3) as proxy:
+        store = Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**proxy.storage))
+        proxy.refusals = [(409, code)] * 2
+        assert store.create("a", b"mine") and store.read("a") == b"mine"
+        proxy.refusals = [(409, code)] * 2
+        assert not store.create("a", b"theirs") and store.read("a") == b"mine"
+        proxy.refusals = [(409, code)] * 100
+        with pytest.raises(OSError, match=code):
+            store.create("b", b"mine")
+
+
+def test_a_creation_that_fails_says_so_and_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+
+    def refuse(number: int) -> Callable[..., None]:
+        def link(*paths: str) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return link
+
+    for number in (errno.EPERM, errno.EOPNOTSUPP):  # exFAT, some network disks
+        monkeypatch.setattr("os.link", refuse(number))
+        with pytest.raises(OSError, match="has no hard links"):
+            store.create("a", b"x")
+    monkeypatch.setattr("os.link", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        store.create("a", b"x")
+    assert store.names() == []
+
+
+def test_a_file_ages_and_a_write_makes_it_young(store: Store) -> None:
+    store.write("a", b"old")
+    time.sleep(2.1)
+    assert 1 < store.age_s("a") < 600
+    store.write("b", b"new")
+    assert store.age_s("b") <= store.age_s("a") - 1
+    assert store.names() == ["a", "b"]
+    with pytest.raises(FileNotFoundError):
+        store.age_s("c")
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_the_age_is_by_the_clock_of_the_storage(s3: S3, hours: int) -> None:
+    with before(s3) as proxy:
+        store = Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**proxy.storage))
+        proxy.ahead = timedelta(hours=hours)
+        store.write("a", b"x")
+        assert abs(store.fs.modified(store.path("a")).timestamp() - time.time()) > 4 * 3600
+        assert store.age_s("a") < 600
+
+
 def test_only_local_folders_append(request: pytest.FixtureRequest, remote: Store) -> None:
     local = make_store("file", request)
     local.append("rows", b"1\n")
@@ -140,6 +276,11 @@ def test_s3_options_come_from_the_settings_and_never_hold_keys(monkeypatch: pyte
     assert SECRET not in repr(options)
     assert {"client_kwargs", "config_kwargs"}.isdisjoint(fs_options("s3://bucket/x", Storage()))
     assert fs_options("memory://x", storage) == {} == fs_options("https://host/x", storage)
+
+
+def test_listings_of_object_stores_are_never_remembered() -> None:
+    urls = ("s3://bucket/x", "gs://bucket/x", "gcs://bucket/x")
+    assert {str(fs_options(url, Storage())["use_listings_cache"]) for url in urls} == {"False"}
 
 
 def test_a_name_with_a_scheme_is_a_url() -> None:
