@@ -1,7 +1,7 @@
 """DeepSpeed's engine behind one door: train a step, evaluate, gather."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,22 @@ from job.data.batches import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
 from job.plan import Plan
 from job.sharding import gathered
+from job.state import Trained
 from job.world import World
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaler remembers."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step was: `loss` a learnt token, `grad_norm` before clipping, `applied` false when fp16's
-    gradients overflowed and the step was left out."""
+    """What one optimizer step was: `loss` a learnt token, `grad_norm` before clipping, `applied` false when gradients
+    were not finite and the step was left out, `scaled` whether that may come from fp16's loss scaling."""
 
     loss: float
     grad_norm: float
     applied: bool
+    scaled: bool = False
 
 
 class Engine:
@@ -48,6 +53,8 @@ class Engine:
             model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
         )
         self.model, self.places, self.world, self.device = model, places, world, self.inner.device
+        names = {id(value): name for name, value in model.named_parameters()}
+        self.trained = Trained(self.inner, names, plan.zero.shards_base, world.rank)
         base = model.get_base_model()
         self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
@@ -71,7 +78,8 @@ class Engine:
             self.inner.step()
         self._sum_over_ranks(total)
         norm = self.inner.get_global_grad_norm()
-        return Step(float(total) / max(batch.learnt, 1), float(norm or 0.0), bool(self.inner.was_step_applied()))
+        loss, applied = float(total) / max(batch.learnt, 1), bool(self.inner.was_step_applied())
+        return Step(loss, float(norm or 0.0), applied, self.inner.optimizer.loss_scaler.dynamic)
 
     @torch.no_grad()
     def evaluate(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch]) -> float:
@@ -87,6 +95,21 @@ class Engine:
         """The trained parameters by name, whole, on the CPU, in the type the model computes with; every rank calls."""
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         return {name: whole.detach().to("cpu", copy=True) for name, whole in gathered(trained)}
+
+    def scaler(self) -> dict[str, float]:
+        """Where fp16's loss scaling stands; empty in other precisions."""
+        scaler = self.inner.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in SCALER} if scaler.dynamic else {}
+
+    def restore_scaler(self, values: Mapping[str, float]) -> None:
+        """Go on with loss scaling from there.
+
+        Raises:
+            KeyError: a value is missing.
+        """
+        scaler = self.inner.optimizer.loss_scaler
+        for name in SCALER if scaler.dynamic else ():
+            setattr(scaler, name, values[name])
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The frozen parameters by their names in the base, whole, one at a time; every rank calls."""

@@ -134,6 +134,61 @@ def agreed(world: World, say: Callable[[], str | None], words: Sequence[str]) ->
     return words[int(place) - 1] if place else None
 
 
+def any_of(world: World, *said: bool) -> list[bool]:
+    """For each of these, whether any rank says so, on every rank."""
+    if world.world_size == 1:
+        return list(said)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor(said, dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
+
+
+def told(world: World, source: int, value: T | None) -> T:
+    """What rank `source` says, on every rank; the others bring None."""
+    said: list[Any] = [value]
+    if world.world_size > 1:
+        dist.broadcast_object_list(said, src=source)
+    found: T = said[0]
+    return found
+
+
+def shown(world: World, source: int, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """What rank `source` brings, on the CPU of every rank; the others bring None."""
+    if world.world_size == 1:
+        return tensors or {}
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    about: list[Any] = [{name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}]
+    dist.broadcast_object_list(about, src=source)
+    found = {}
+    for name, (shape, dtype) in about[0].items():
+        whole = tensors[name].to(device) if tensors else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(whole, src=source)
+        found[name] = whole.cpu()
+    return found
+
+
+class PostBox:
+    """Notes between the background threads of ranks, through the store that the group was opened with: no collective,
+    so it disturbs none of the main thread's."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.store = dist.PrefixStore(  # type: ignore[attr-defined]
+            "notes", dist.distributed_c10d._get_default_store()
+        )
+
+    def post(self, about: str, note: str) -> None:
+        """Leave this rank's note."""
+        self.store.set(f"{about}/{self.world.rank}", note)
+
+    def collect(self, about: str) -> list[str] | None:
+        """All ranks' notes in their order, None while one is missing; asks without waiting, for a wait would hold the
+        connection that the main thread may need."""
+        keys = [f"{about}/{rank}" for rank in range(self.world.world_size)]
+        return [self.store.get(key).decode() for key in keys] if self.store.check(keys) else None
+
+
 def lost_peer(fault: BaseException) -> bool:
     """Whether communication failed because another rank is gone."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")

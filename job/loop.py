@@ -3,8 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from job.config import RunConfig
 from job.data.batches import GlobalBatch, MicroBatch
@@ -13,6 +11,8 @@ from job.engine import Engine, Step
 from job.errors import JobError
 from job.hardware import peak_memory_gib
 from job.plan import Plan
+from job.progress import Progress
+from job.saving import Saver
 from job.sinks import Metrics
 from job.world import World
 
@@ -20,25 +20,6 @@ OnRow = Callable[[Metrics], None]
 LEFT_OUT = 25
 """Steps in a row whose fp16 gradients overflow: the loss scale starts at 2^16 and is halved at each, so after 16 of
 them nothing is scaled any more."""
-
-
-@dataclass
-class Progress:
-    """How far a run got. `adapter` holds the trained tensors by name, the best ones when those are kept, whose
-    evaluation loss is `kept_eval`; `left_out` counts the last steps that fp16 left out; `stopped` says why training
-    was enough before its last step, `interrupted` who asked for a stop."""
-
-    step: int = 0
-    first_eval: float | None = None
-    last_eval: float | None = None
-    kept_eval: float | None = None
-    best_eval: float = math.inf
-    evaluated_at: int = -1
-    worse: int = 0
-    left_out: int = 0
-    adapter: dict[str, Any] = field(default_factory=dict)
-    stopped: str | None = None
-    interrupted: str | None = None
 
 
 def run(
@@ -50,23 +31,25 @@ def run(
     on_row: OnRow,
     stop: Callable[[], str | None],
     progress: Progress,
+    saver: Saver,
 ) -> None:
-    """Train `plan.steps` steps.
+    """Train up to step `plan.steps`, from where `progress` stands.
 
     Args:
         on_row: gets every row of metrics, on every rank equally often.
         stop: asked between steps; a text ends the training there, with no further evaluation.
         progress: kept up to date, so that the caller knows the step whatever happens.
+        saver: takes checkpoints between steps.
 
     Raises:
-        JobError: the loss is not finite.
+        JobError: the loss is not finite, for several steps in a row.
     """
     evaluate = _evaluator(engine, data, plan, config, world, on_row)
-    if not stop():
+    if progress.first_eval is None and not stop():
         evaluate(progress)
     every = config.evaluation.every_steps
-    for batch in data.train.from_step(0):
-        if batch.step == plan.steps:
+    for batch in data.train.from_step(progress.step, saver.good.cursor):
+        if batch.step >= plan.steps:
             break
         progress.stopped = _enough(progress, config)
         progress.interrupted = stop()
@@ -77,7 +60,7 @@ def run(
         micro_batches = data.train.share(batch, world.rank, world.world_size, plan.micro_batch_size)
         step = engine.train_step(batch, micro_batches, rate)
         seconds = time.perf_counter() - begun
-        _watch(step, batch, progress)
+        why = _watch(step, batch, progress, config.train.max_skipped_steps)
         progress.step = batch.step + 1
         on_row(
             {
@@ -93,10 +76,19 @@ def run(
                 **({} if step.applied else {"left_out": 1}),
             }
         )
-        if every and progress.step % every == 0:
+        if why:
+            saver.rescue(progress)
+            raise JobError(why)
+        if progress.step == plan.steps or (every and progress.step % every == 0):
             evaluate(progress)
+        saver.after_step(progress, batch)
     if progress.evaluated_at != progress.step and not progress.interrupted:
         evaluate(progress)
+    if progress.skipped > 1 and not progress.interrupted:
+        raise JobError(
+            f"loss or gradients of the last {progress.skipped} steps were not finite, and the run ends with them. "
+            "Lower train.learning_rate, or look at the rows with `qlora data`"
+        )
     progress.adapter = progress.adapter or engine.gather()
 
 
@@ -136,19 +128,34 @@ def _enough(progress: Progress, config: RunConfig) -> str | None:
     return None
 
 
-def _watch(step: Step, batch: GlobalBatch, progress: Progress) -> None:
-    """Refuse to go on when nothing is learnt, from the first step on or any more."""
+def _watch(step: Step, batch: GlobalBatch, progress: Progress, most: int) -> str | None:
+    """Count steps that were left out; why to go on no longer when nothing is learnt, from the first step on or any
+    more.
+
+    Raises:
+        JobError: what was learnt is spoilt.
+    """
     number = batch.step + 1
-    if not math.isfinite(step.loss):
+    finite = math.isfinite(step.loss)
+    if step.applied and not finite:
         raise JobError(f"the loss of step {number} is {step.loss}. Lower train.learning_rate, or use bf16 or fp32")
     if number == 1 and step.applied and batch.learnt and not 0 < step.grad_norm < math.inf:
         raise JobError(
             f"the gradients of the adapter have the norm {step.grad_norm} in the first step: nothing reaches it. "
             "Choose other lora.targets, or report this architecture"
         )
-    progress.left_out = 0 if step.applied else progress.left_out + 1
+    overflows = not step.applied and step.scaled and finite
+    progress.left_out = progress.left_out + 1 if overflows else 0
+    progress.skipped = 0 if step.applied or overflows else progress.skipped + 1
+    progress.skipped_in_all += not (step.applied or overflows)
     if progress.left_out == LEFT_OUT:
-        raise JobError(
+        return (
             f"the gradients of {LEFT_OUT} steps in a row overflowed in fp16, the last of them step {number}. "
             "Use bf16 or fp32, or lower train.learning_rate"
         )
+    if progress.skipped == most:
+        return (
+            f"loss or gradients of {most} steps in a row were not finite, the last of them step {number} with the loss "
+            f"{step.loss}; all were left out. Lower train.learning_rate, or look at the rows with `qlora data`"
+        )
+    return None

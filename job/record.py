@@ -1,30 +1,67 @@
 """What is written about a run while it goes: status.json, true whatever happens, and the rows of metrics."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from job import loop
 from job.config import RunConfig
 from job.errors import Interrupted, JobError
-from job.group import lost_peer
+from job.group import lost_peer, on_first_rank
 from job.hardware import out_of_memory
-from job.run_folder import STATUS, RunFolder
+from job.lease import Lease, NoLease
+from job.progress import Progress
+from job.run_folder import STATUS, RunFolder, State
 from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
 from job.store import reason
+from job.uploads import Uploads, patiently
 from job.world import World
+
+FAILING_S = 30.0
+"""Seconds for which the status of a failed run is tried: its ranks wait for nothing else any more."""
+
+Say = Callable[[str], None]
 
 
 class Record:
-    """Keeps status.json true whatever happens."""
+    """Keeps status.json true whatever happens, and the run's folder its own; the first rank has a lease."""
 
-    def __init__(self, run: RunFolder, world: World):
-        self.run, self.world = run, world
-        self.progress = loop.Progress()
+    def __init__(self, run: RunFolder, world: World, say: Say):
+        self.run, self.world, self.say = run, world, say
+        self.progress = Progress()
+        self.uploads = Uploads(say, self.retry_s)
+        self.lease: Lease | NoLease | None = None
+        self._one_at_a_time, self._over = threading.Lock(), False
+
+    @property
+    def retry_s(self) -> float:
+        """Seconds for which storage may fail while the run waits for it."""
+        return 60 * self.run.config.storage.retry_minutes
+
+    def begin(self) -> None:
+        """Take the folder, and say that the run goes; on the first rank.
+
+        Raises:
+            OutputError: another run holds the folder, or it cannot be written.
+        """
+        config = self.run.config
+        self.lease = (
+            Lease.acquire(self.run.store, self.world.job_id, self.say)
+            if config.storage.lease
+            else NoLease(self.run.store)
+        )
+        self.run.begin()
+
+    def checkpointed(self, step: int) -> None:
+        """Write that a checkpoint is complete; from the uploads' thread."""
+        with self._one_at_a_time:
+            if not self._over:
+                self.run.checkpoint, self.run.restarts = step, 0
+                self.run.write_status("running", "", step)
 
     def finish(self) -> None:
         """Write that it is finished, or interrupted when that was asked for."""
         why = self.progress.interrupted
-        self.write("interrupted" if why else "finished", why or self.progress.stopped or "")
+        self.write("interrupted" if why else "finished", why or self.progress.stopped or "", self.retry_s)
 
     def interrupt(self) -> None:
         """Raise Interrupted when that was asked for, on every rank."""
@@ -32,24 +69,45 @@ class Record:
         if progress.interrupted and not progress.step:
             raise Interrupted(f"{progress.interrupted} before the first step. Start the run again when you like")
         if progress.interrupted:
-            which = "The adapter of this step" if progress.kept_eval is None else "The best adapter so far"
+            which = "of this step" if progress.kept_eval is None else "that was best so far"
             raise Interrupted(
-                f"{progress.interrupted} after step {progress.step}. {which} is in {self.run.store.url}/adapter; "
-                "this version cannot continue the run, start it with another output.url"
+                f"{progress.interrupted} after step {progress.step}. A checkpoint of it and the adapter {which} are in "
+                f"{self.run.store.url}; the same command goes on from there"
             )
 
-    def write(self, state: str, why: str) -> None:
-        if self.world.speaks:
-            self.run.write_status(state, why, self.progress.step)  # type: ignore[arg-type]
+    def write(self, state: State, why: str, retry_s: float = FAILING_S) -> None:
+        """Write the last status; not into a folder that another run has taken over."""
+        if not self.world.speaks or (self.lease is not None and self.lease.lost):
+            return
+        with self._one_at_a_time:
+            self._over = True
+            step = max(self.progress.step, self.run.checkpoint)
+            store = self.run.store
+            patiently(lambda: self.run.write_status(state, why, step), STATUS, retry_s, self.say, store)
+
+    def close(self) -> None:
+        """Nothing more is written; the folder is free for another run."""
+        self.uploads.close()
+        if self.lease is not None:
+            self.lease.release()
 
 
 @contextmanager
-def recorded(run: RunFolder, world: World) -> Iterator[Record]:
-    record = Record(run, world)
-    if world.speaks:
-        run.begin()
+def recorded(run: RunFolder, world: World, say: Say) -> Iterator[Record]:
+    """A run from its first status to its last."""
+    record = Record(run, world, say)
     try:
-        yield record
+        on_first_rank(world, record.begin)
+        with _told(record):
+            yield record
+    finally:
+        record.close()
+
+
+@contextmanager
+def _told(record: Record) -> Iterator[None]:
+    try:
+        yield
     except Interrupted:
         raise
     except KeyboardInterrupt:
@@ -87,23 +145,43 @@ def _in_words(fault: BaseException, step: int) -> JobError | None:
     return None
 
 
-@contextmanager
-def metric_sinks(config: RunConfig, run: RunFolder, world: World, steps: int) -> Iterator[loop.OnRow]:
-    """The sinks of the rank that speaks, as one function."""
-    sinks: list[Sink] = []
-    if world.speaks and "console" in config.tracking.sinks:
-        sinks.append(ConsoleSink(config.tracking.every_steps))
-    if world.speaks and "jsonl" in config.tracking.sinks:
-        sinks.append(JsonlSink(run.store))
-    for sink in sinks:
-        sink.start(config.run_name, steps)
+class Metered:
+    """The sinks of the rank that speaks.
 
-    def on_row(row: Metrics) -> None:
-        for sink in sinks:
+    Args:
+        kept: lines of metrics.jsonl that are there already.
+    """
+
+    def __init__(self, config: RunConfig, run: RunFolder, record: Record, kept: Sequence[bytes]):
+        self.sinks: list[Sink] = []
+        self.jsonl: JsonlSink | None = None
+        if record.world.speaks and "console" in config.tracking.sinks:
+            self.sinks.append(ConsoleSink(config.tracking.every_steps))
+        if record.world.speaks and "jsonl" in config.tracking.sinks:
+            self.jsonl = JsonlSink(run.store, record.uploads.put, kept)
+            self.sinks.append(self.jsonl)
+
+    def __call__(self, row: Metrics) -> None:
+        """Tell all sinks."""
+        for sink in self.sinks:
             sink.row(row)
 
+    def flush(self) -> None:
+        """Have the rows so far written."""
+        if self.jsonl:
+            self.jsonl.flush()
+
+
+@contextmanager
+def metric_sinks(
+    config: RunConfig, run: RunFolder, record: Record, steps: int, kept: Sequence[bytes]
+) -> Iterator[Metered]:
+    """The sinks, open while the run goes."""
+    metered = Metered(config, run, record, kept)
+    for sink in metered.sinks:
+        sink.start(config.run_name, steps)
     try:
-        yield on_row
+        yield metered
     finally:
-        for sink in sinks:
+        for sink in metered.sinks:
             sink.close()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Literal
 
 import yaml
 
+from job.checkpoint import FOLDER, Checkpoints, Unusable
 from job.config import RunConfig, changes, parse_config, without_signatures
-from job.errors import InputError, OutputError
-from job.sinks import forget_metrics, latest_step
+from job.errors import InputError, JobError, OutputError
+from job.lease import FOLDER as LEASE
+from job.sinks import latest_step
 from job.store import Store, reason
 
 STATUS, SETTINGS = "status.json", "run.yaml"
@@ -28,6 +31,10 @@ class Status:
     reason: str
     step: int
     updated: str
+    checkpoint: int = 0
+    """Step of the newest complete checkpoint, 0 without one."""
+    restarts: int = 0
+    """Starts after the run was lost, since that checkpoint."""
 
 
 def _writable(folder: Path) -> bool:
@@ -52,6 +59,7 @@ class RunFolder:
 
     def __init__(self, config: RunConfig):
         self.config = config
+        self.checkpoint = self.restarts = 0
         try:
             self.store = Store(config.output.url, config.storage)
             settings, status = (self._read(name) for name in (SETTINGS, STATUS))
@@ -75,54 +83,66 @@ class RunFolder:
             ) from fault
 
     def already_finished(self) -> bool:
-        """Whether this very run is done; False when the folder is new, or holds a run that ended before its first
-        step: nothing was learnt, and the cure may lie in any setting.
+        """Whether this very run is done; False when the folder is new, or holds a run that is not done, or one that
+        shall go further now. One that ended before its first step may have any other settings: nothing was learnt, and
+        the cure may lie in any of them.
 
         Raises:
-            OutputError: the folder holds a run with other settings, or one that is not finished.
+            OutputError: the folder holds a run with other fixed settings, or what is no run.
         """
         if self.old is None:
             self._refuse_foreign_files()
             return False
-        if self.status and self.status.state in ("failed", "interrupted") and self.status.step == 0:
+        if self.took_no_step:
             return False
-        url = self.config.output.url
         differing = changes(self.old, self.config)
         fixed = [change for change in differing if change.rule == "fixed"]
         if fixed:
             listed = "\n  ".join(map(str, fixed))
             raise OutputError(
-                f"output.url: {url} holds a run with other fixed settings\n  {listed}\n"
+                f"output.url: {self.config.output.url} holds a run with other fixed settings\n  {listed}\n"
                 "  Use another output.url, or set these back to what they were"
             )
-        if self.status is None or self.status.state != "finished":
-            how = f"{self.status.state} at step {self.status.step}" if self.status else "without a status"
-            raise OutputError(
-                f"output.url: {url} holds an unfinished run ({how}), and this version cannot resume one. "
-                "Use another output.url, or delete the folder"
-            )
-        grown = [change for change in differing if change.key in ("train.epochs", "train.max_steps")]
-        if grown:
-            raise OutputError(
-                f"output.url: {url} holds a finished run\n  {grown[0]}\n"
-                "  This version cannot continue it. Use another output.url"
-            )
-        return True
+        grown = any(change.key in ("train.epochs", "train.max_steps") for change in differing)
+        return self.status is not None and self.status.state == "finished" and not grown
+
+    @property
+    def took_no_step(self) -> bool:
+        """Whether a run ended here before its first step."""
+        ended = self.status is not None and self.status.state in ("failed", "interrupted") and self.status.step == 0
+        return ended and FOLDER not in self.there
 
     def begin(self) -> None:
-        """Write run.yaml and the first status; metrics of a run that never took a step go.
+        """Write run.yaml and the first status.
 
         Raises:
             OutputError: the URL cannot be written.
+            JobError: the run was lost too often without a new checkpoint.
         """
+        newest, restarts = self._newest(), 0
+        if self.status and self.status.state == "running" and newest <= self.status.checkpoint:
+            restarts = self.status.restarts + 1
+        self.checkpoint, self.restarts = newest, restarts
+        most = self.config.checkpoint.max_restarts
+        if restarts > most:
+            since = f"without a new checkpoint since step {newest}"
+            why = f"lost {restarts} times {since} (checkpoint.max_restarts is {most})"
+            self.write_status("failed", why, newest)
+            raise JobError(f"the run was {why}. Look for the cause, then start it again")
         try:
             text = yaml.dump(without_signatures(self.config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-            if self.old is not None:
-                forget_metrics(self.store)
             self.store.write(SETTINGS, text.encode())
-            self.write_status("running", "", 0)
+            self.write_status("running", "", newest)
         except Exception as fault:  # every driver has its own errors
             raise OutputError(f"output.url: {self.config.output.url} cannot be written: {reason(fault)}") from fault
+
+    def _newest(self) -> int:
+        """The step of the newest checkpoint that has a good manifest."""
+        checkpoints = Checkpoints(self.store)
+        for step in checkpoints.steps():
+            with suppress(Unusable):
+                return checkpoints.manifest(step).step
+        return 0
 
     def write_status(self, state: State, why: str, step: int) -> None:
         """Replace status.json."""
@@ -131,6 +151,8 @@ class RunFolder:
             "reason": why,
             "step": step,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "checkpoint": self.checkpoint,
+            "restarts": self.restarts,
         }
         content = json.dumps(status, indent=1, ensure_ascii=False).encode()
         try:
@@ -144,11 +166,13 @@ class RunFolder:
     def abandon(self, why: str, since: datetime) -> None:
         """Say that the run failed, when its processes left it running; not if another one wrote that before `since`."""
         status = self.status
+        if status:
+            self.checkpoint, self.restarts = status.checkpoint, status.restarts
         if status and status.state == "running" and datetime.fromisoformat(status.updated) >= since:
             self.write_status("failed", why, latest_step(self.store))
 
     def _refuse_foreign_files(self) -> None:
-        foreign = [name for name in self.there if not name.startswith(".")]
+        foreign = [name for name in self.there if not name.startswith(".") and name != LEASE]
         if foreign:
             raise OutputError(
                 f"output.url: {self.config.output.url} holds files that are no run ({', '.join(foreign[:5])}). "

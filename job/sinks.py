@@ -1,11 +1,12 @@
 """Who hears about the progress: the console and metrics.jsonl. A new sink is one class with these three methods."""
 
+import errno
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, Self
 
@@ -24,6 +25,7 @@ from rich.progress import (
 from job.store import Store
 
 Metrics = Mapping[str, float]
+Put = Callable[[str, Callable[[], object], Store], None]
 METRICS = "metrics.jsonl"
 PARTS = "metrics-parts"
 
@@ -137,13 +139,17 @@ class JsonlSink:
 
     Args:
         store: the run's folder.
+        put: has something written in the background: (what, act, store).
+        kept: lines that are there already, of a run that is continued.
         part_rows, part_s: a part is written after so many rows or seconds.
     """
 
-    def __init__(self, store: Store, part_rows: int = 100, part_s: float = 60):
-        self.store, self.part_rows, self.part_s = store, part_rows, part_s
+    def __init__(
+        self, store: Store, put: Put, kept: Sequence[bytes] = (), part_rows: int = 100, part_s: float = 60
+    ) -> None:
+        self.store, self.put, self.part_rows, self.part_s = store, put, part_rows, part_s
         self.parts = store.child(PARTS)
-        self.lines: list[bytes] = []
+        self.lines: list[bytes] = list(kept)
         self.waiting: list[bytes] = []
         self.written = time.monotonic()
 
@@ -152,38 +158,83 @@ class JsonlSink:
 
     def row(self, row: Metrics) -> None:
         line = json.dumps({name: _finite(value) for name, value in row.items()}).encode() + b"\n"
+        self.waiting.append(line)
         if self.store.is_local:
-            self.store.append(METRICS, line)
+            self._append()
             return
         self.lines.append(line)
-        self.waiting.append(line)
         if len(self.waiting) >= self.part_rows or time.monotonic() - self.written > self.part_s:
-            self.parts.write(f"part-{len(self.lines):08d}.jsonl", b"".join(self.waiting))
-            self.waiting, self.written = [], time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        """Have all rows so far written."""
+        if not self.waiting:
+            return
+        if self.store.is_local:
+            self._append()
+            return
+        name, content = f"part-{len(self.lines):08d}.jsonl", b"".join(self.waiting)
+        self.put("rows of metrics", lambda: self.parts.write(name, content), self.store)
+        self.waiting, self.written = [], time.monotonic()
 
     def close(self) -> None:
-        if self.store.is_local or not self.lines:
-            return
+        self.flush()
+        if not self.store.is_local and self.lines:
+            self.put("rows of metrics", self._join, self.store)
+
+    def _append(self) -> None:
+        try:
+            self.store.append(METRICS, b"".join(self.waiting))
+        except OSError as fault:
+            if fault.errno != errno.ENOSPC:
+                raise
+            return  # the disk is full: the rows wait for room
+        self.waiting = []
+
+    def _join(self) -> None:
         self.store.write(METRICS, b"".join(self.lines))
         for name in self.parts.names():
-            self.parts.remove(name)
+            self.parts.remove(name, missing_ok=True)
 
 
 def forget_metrics(store: Store) -> None:
     """Remove metrics.jsonl and its parts, where there are any."""
     parts = store.child(PARTS)
     for name in parts.names():
-        parts.remove(name)
-    if store.exists(METRICS):
-        store.remove(METRICS)
+        parts.remove(name, missing_ok=True)
+    store.remove(METRICS, missing_ok=True)
+
+
+def cut_metrics(store: Store, step: int) -> list[bytes]:
+    """Leave of metrics.jsonl, joined with its parts, the lines up to a step; gives them back, one a row."""
+    parts = store.child(PARTS)
+    names = parts.names()
+    lines: dict[tuple[int, bool], bytes] = {}
+    for line in _everything(store, parts, names).splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            place = int(row["step"]), "eval_loss" in row
+        except (ValueError, KeyError, TypeError):
+            continue  # torn when the run was killed
+        if place[0] <= step and line.endswith(b"\n"):
+            lines.setdefault(place, line)  # a run killed between joining and removing parts has rows in both
+    kept = list(lines.values())
+    store.write(METRICS, b"".join(kept))
+    for name in names:
+        parts.remove(name, missing_ok=True)
+    return kept
 
 
 def latest_step(store: Store) -> int:
     """The last step that metrics.jsonl or its parts tell of; 0 when there is none."""
     parts = store.child(PARTS)
-    texts = [parts.read(name) for name in parts.names()] + ([store.read(METRICS)] if store.exists(METRICS) else [])
-    found = re.findall(rb'"step": (\d+)', b"".join(texts))  # a torn last line counts too
+    found = re.findall(rb'"step": (\d+)', _everything(store, parts, parts.names()))  # a torn last line counts too
     return max(map(int, found), default=0)
+
+
+def _everything(store: Store, parts: Store, names: Sequence[str]) -> bytes:
+    joined = store.read(METRICS) if store.exists(METRICS) else b""
+    return joined + b"".join(parts.read(name) for name in names)
 
 
 def read_metrics(store: Store) -> list[dict[str, float]]:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 from job import adapter, loop
 from job.config import RunConfig
-from job.data.load import Dataset, load_dataset
+from job.data.load import load_dataset
 from job.engine import Engine
 from job.errors import ModelError
 from job.group import agree_on_hardware, agreed, connect, first_of_each_node, on_first_rank
@@ -26,10 +27,14 @@ from job.plan import STORAGE_BYTES, make_plan
 from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config
 from job.published import shape_of
 from job.record import Record, metric_sinks, recorded
+from job.resume import go_on
 from job.run_folder import RunFolder
+from job.saved import seed_random
+from job.saving import Saver
 from job.stop import NAMES, StopRequest
 from job.swap import prepare_files
 from job.tokenizer import Tokenizer
+from job.uploads import patiently
 from job.world import World
 
 Say = Callable[[str], None]
@@ -74,7 +79,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     skeleton = build(architecture, config, plan.precision, plan.compute_dtype)
     lora_targets(skeleton, config.lora.targets)
     data = load_dataset(config, tokenizer, partial(on_first_rank, world))
-    _fits(data, architecture, config.model.name, config.data.packing)
+    data.check(partial(_fits, architecture, config.model.name, config.data.packing))
     checkpoint = first_of_each_node(world, lambda: fetch_weights(config.model, checkpoint, config.storage, say))
     wanted = shares(skeleton, read_headers(checkpoint), config.model.name, STORAGE_BYTES[plan.storage])
     prepare_files(plan, world, wanted, say)
@@ -84,7 +89,8 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     for line in (*plan.notes, *unknown, *data.report(), said):
         say(line)
 
-    with recorded(run, world) as record, StopRequest() as stop:
+    seed_random(config.train.seed, world.rank)
+    with recorded(run, world, say) as record, StopRequest() as stop:
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
         dtype = DTYPE[plan.precision]
         model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)
@@ -94,10 +100,13 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         receipts.prove(engine.base())
         if config.data.packing:
             refuse_leaking_packs(engine.logits, type(skeleton).__name__)
-        with metric_sinks(config, run, world, plan.steps) as on_row:
+        start = go_on(record, engine, plan, config, data.train.fingerprint, say)
+        with metric_sinks(config, run, record, plan.steps, start.metrics) as on_row:
+            saver = Saver(engine, plan, config, data.train.fingerprint, record, on_row.flush, start.point)
             asked = partial(agreed, world, lambda: stop.asked, NAMES)
-            loop.run(engine, data, plan, config, world, on_row, asked, record.progress)
-        on_first_rank(world, lambda: _leave(config, run, record, model, tokenizer))
+            loop.run(engine, data, plan, config, world, on_row, asked, record.progress, saver)
+            saver.finish(record.progress)
+        on_first_rank(world, lambda: _leave(config, record, model, tokenizer))
         record.interrupt()
     if note := plain_peft_note(config.model):
         say(note)
@@ -106,19 +115,20 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     return Outcome("finished", progress.step, progress.first_eval, after, f"{run.store.url}/adapter")
 
 
-def _leave(config: RunConfig, run: RunFolder, record: Record, model: object, tokenizer: Tokenizer) -> None:
+def _leave(config: RunConfig, record: Record, model: object, tokenizer: Tokenizer) -> None:
     """What a run leaves: the adapter, then its state. No rank goes before this is done: launchers end all with one."""
     trained = record.progress.step > 0
-    target = run.store.child("adapter")
-    adapter.write(model, record.progress.adapter, tokenizer, target, trained, config.model.revision)
+    target = record.run.store.child("adapter")
+    tensors, revision = record.progress.adapter, config.model.revision
+    write = partial(adapter.write, model, tensors, tokenizer, target, trained, revision)
+    patiently(write, "adapter", record.retry_s, record.say, target)
+    record.uploads.wait(inf)
     record.finish()
 
 
-def _fits(data: Dataset, architecture: object, name: str, packing: bool) -> None:
+def _fits(architecture: object, name: str, packing: bool, largest: int, longest: int, rows: str) -> None:
     """Refuse tokens the model has no embedding for, rows longer than its positions, and packing where a long row would
     change its neighbours."""
-    tables = [batches.tokens for batches in (data.train, data.held_out) if batches is not None]
-    largest, longest = max(int(t.ids.max()) for t in tables), max(int(t.lengths.max()) for t in tables)
     vocabulary = getattr(architecture, "vocab_size", largest + 1)
     positions = getattr(architecture, "max_position_embeddings", longest)
     if largest >= vocabulary:
@@ -126,9 +136,7 @@ def _fits(data: Dataset, architecture: object, name: str, packing: bool) -> None
             f"{name}: the tokenizer gives id {largest}, the model knows {vocabulary}. They do not belong together"
         )
     if longest > positions:
-        raise ModelError(
-            f"{name}: a row has {longest} tokens, the model has {positions} positions. Lower data.max_length"
-        )
+        raise ModelError(f"{name}: {rows} {longest} tokens, the model has {positions} positions. Lower data.max_length")
     rope = getattr(architecture, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or positions
     if packing and rope.get("rope_type") == "longrope" and longest > original:
