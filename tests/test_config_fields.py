@@ -63,7 +63,10 @@ REFUSED = {
     "data.learn": ("first", wrong("first", "input should be 'all' or 'last'")),
     "data.max_length": ("0", wrong(0, POSITIVE)),
     "data.packing": ("3", wrong(3, BOOL)),
-    "data.streaming": ("true", later(True, "Rows are read before training. Use false")),
+    "data.streaming": (
+        "true",
+        "nobody knows how many steps an epoch has before it was read. Set train.max_steps",
+    ),
     "data.shuffle_buffer": ("0", wrong(0, POSITIVE)),
     "data.workers": ("0", wrong(0, POSITIVE)),
     "data.shuffle": ("3", wrong(3, BOOL)),
@@ -224,7 +227,7 @@ def another(key: str, field: FieldInfo) -> RunConfig:
     raise AssertionError(f"no other value for {key}")
 
 
-ALONE = ("evaluation.file", "parallel.nvme_path")
+ALONE = ("data.streaming", "evaluation.file", "parallel.nvme_path")
 """Settings that need another one beside them."""
 
 

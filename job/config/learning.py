@@ -127,7 +127,7 @@ class Data(Section):
     packing: Fixed[bool] = True
     """Put several rows into one sequence, isolated from each other; off (false) pads rows to the longest of
     their batch. Fixed."""
-    streaming: Annotated[Fixed[bool], works_only(False, because="Rows are read before training")] = False
+    streaming: Fixed[bool] = False
     """Read rows while training instead of before, for data larger than memory and disk; needs train.max_steps. Off
     (false) holds the tokens in memory. Fixed."""
     shuffle_buffer: Fixed[PositiveInt] = 10_000

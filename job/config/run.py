@@ -49,6 +49,26 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _streams_what_can_be_streamed(self) -> Self:
+        if not self.data.streaming:
+            return self
+        if self.train.max_steps is None:
+            raise ValueError(
+                "data.streaming: nobody knows how many steps an epoch has before it was read. Set train.max_steps"
+            )
+        if self.data.workers > 1:
+            raise ValueError(
+                f"data.workers: {self.data.workers} processes, but a stream becomes tokens in a thread of the first "
+                "rank. Use 1, or set data.streaming: false"
+            )
+        if self.evaluation.share:
+            raise ValueError(
+                "evaluation.share: takes rows from all of data.train, which data.streaming never holds. "
+                "Put them into a file of their own and set evaluation.file"
+            )
+        return self
+
     @property
     def _holds_out(self) -> bool:
         return bool(self.evaluation.file or self.evaluation.share)

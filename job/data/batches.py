@@ -5,15 +5,19 @@ isolates documents by restarting positions, exactly, when it gets positions and 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
 from job.data.encode import Tokens
 from job.data.pack import epoch_order
 
+Fits = Callable[[int, int, str], None]
+"""Refuses (largest id, longest row in tokens, what the rows are called) that the model cannot take."""
 IGNORED = -100
 """A target that is not learnt (torch's cross entropy skips it)."""
 
@@ -34,7 +38,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The sequences of one optimizer step, over all ranks; `learnt` and `tokens` are global counts."""
+    """The sequences of one optimizer step, over all ranks; `learnt` and `tokens` are global counts.
+
+    `cursor` says in JSON's types where the data go on after it. `encoded` holds the rows of a batch that was streamed,
+    by their places in `sequences`; other batches' rows stay where they are.
+    """
 
     step: int
     epoch: float
@@ -42,6 +50,8 @@ class GlobalBatch:
     learnt: int
     tokens: int
     rows: int
+    cursor: Mapping[str, Any] = field(default_factory=dict)
+    encoded: Tokens | None = field(default=None, compare=False)
 
 
 class Batches:
@@ -58,7 +68,7 @@ class Batches:
     ):
         self.tokens, self.size = tokens, global_batch_size
         self.how = (max_length, packing, shuffle, seed)
-        self._learnt = np.array([_learnable(tokens[place][1]) for place in range(len(tokens))])
+        self._learnt = np.array([learnable(tokens[place][1]) for place in range(len(tokens))])
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
@@ -74,8 +84,12 @@ class Batches:
         whole = sum(self.steps_in(epoch) for epoch in range(int(epochs)))
         return whole + math.ceil((epochs % 1) * self.steps_in(int(epochs)))
 
-    def from_step(self, step: int) -> Iterator[GlobalBatch]:
-        """The batches from `step` on (the first is 0), without end, epoch after epoch."""
+    def from_step(self, step: int, cursor: Mapping[str, Any] | None = None) -> Iterator[GlobalBatch]:
+        """The batches from `step` on (the first is 0), without end, epoch after epoch.
+
+        Args:
+            cursor: the one of the batch before; here it says nothing that `step` does not.
+        """
         epoch, passed = 0, 0
         while True:
             steps = self.steps_in(epoch)
@@ -93,6 +107,7 @@ class Batches:
             int(self._learnt[rows].sum()),
             int(self.tokens.lengths[rows].sum()),
             len(rows),
+            {"step": step + 1},
         )
 
     def in_order(self) -> GlobalBatch:
@@ -101,32 +116,65 @@ class Batches:
         return self._batch(0, 0.0, epoch_order(self.tokens.lengths, max_length, packing, False, seed, 0))
 
     def share(self, batch: GlobalBatch, rank: int, world_size: int, size: int) -> list[MicroBatch]:
-        """This rank's micro-batches: sequence i of the batch goes to micro-batch i // size, those in turn to the ranks.
+        """This rank's micro-batches; see `micro_batches`."""
+        return micro_batches(self.tokens, batch.sequences, rank, world_size, size)
 
-        Every rank gets equally many, so that all take part in every reduction; where the sequences run out, a
-        micro-batch is one token that nothing is learnt from.
-        """
-        places = np.cumsum([0, *(len(sequence) for sequence in batch.sequences)])
-        numbered = [(sequence, int(first)) for sequence, first in zip(batch.sequences, places, strict=False)]
-        groups = [numbered[start : start + size] for start in range(0, len(numbered), size)]
-        groups += [[]] * (-len(groups) % world_size)
-        return [self._micro_batch(group) for group in groups[rank::world_size]]
+    def check(self, fits: Fits) -> None:
+        """Have the rows judged, all of them now."""
+        fits(int(self.tokens.ids.max()), int(self.tokens.lengths.max()), "a row has")
 
-    def _micro_batch(self, sequences: Sequence[tuple[Sequence[int], int]]) -> MicroBatch:
-        columns = [self._sequence(rows, first) for rows, first in sequences] or [_NOTHING]
-        longest = max(len(column[0]) for column in columns)
-        padded = [_pad(column, longest) for column in columns]
-        return MicroBatch(*(np.stack([row[i] for row in padded]) for i in range(4)))
+    def report(self) -> str:
+        """What was read and lost, in a sentence."""
+        tokens = self.tokens
+        fates = ", ".join(f"{number} {fate}" for fate, number in sorted(tokens.fate.items()))
+        return (
+            f"{sum(tokens.fate.values())} rows ({fates}), {int(tokens.lengths.sum()):,} tokens, "
+            f"longest {int(tokens.lengths.max())}, {len(self.epoch(0))} sequences"
+        )
 
-    def _sequence(self, rows: Sequence[int], first: int) -> tuple[np.ndarray, ...]:
-        ids, targets, positions, places = [], [], [], []
-        for place, row in enumerate(rows, first):
-            row_ids, learn = self.tokens[row]
-            ids.append(row_ids)
-            targets.append(np.append(np.where(learn[1:], row_ids[1:], IGNORED), IGNORED))
-            positions.append(np.arange(len(row_ids)))
-            places.append(np.full(len(row_ids), place))
-        return tuple(np.concatenate(column) for column in (ids, targets, positions, places))
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, learn marks and offsets: other rows have another."""
+        tokens = self.tokens
+        parts = (tokens.ids.astype("<i4"), tokens.learn.astype(bool), tokens.offsets.astype("<i8"))
+        return sha256(b"".join(sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+
+
+def micro_batches(
+    tokens: Tokens, sequences: Sequence[Sequence[int]], rank: int, world_size: int, size: int
+) -> list[MicroBatch]:
+    """A rank's micro-batches: sequence i goes to micro-batch i // size, those in turn to the ranks.
+
+    Every rank gets equally many, so that all take part in every reduction; where the sequences run out, a
+    micro-batch is one token that nothing is learnt from.
+
+    Args:
+        tokens: the encoded rows, of which `sequences` has the places.
+        size: sequences a micro-batch.
+    """
+    places = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+    numbered = [(sequence, int(first)) for sequence, first in zip(sequences, places, strict=False)]
+    groups = [numbered[start : start + size] for start in range(0, len(numbered), size)]
+    groups += [[]] * (-len(groups) % world_size)
+    return [_micro_batch(tokens, group) for group in groups[rank::world_size]]
+
+
+def _micro_batch(tokens: Tokens, sequences: Sequence[tuple[Sequence[int], int]]) -> MicroBatch:
+    columns = [_sequence(tokens, rows, first) for rows, first in sequences] or [_NOTHING]
+    longest = max(len(column[0]) for column in columns)
+    padded = [_pad(column, longest) for column in columns]
+    return MicroBatch(*(np.stack([row[i] for row in padded]) for i in range(4)))
+
+
+def _sequence(tokens: Tokens, rows: Sequence[int], first: int) -> tuple[np.ndarray, ...]:
+    ids, targets, positions, places = [], [], [], []
+    for place, row in enumerate(rows, first):
+        row_ids, learn = tokens[row]
+        ids.append(row_ids)
+        targets.append(np.append(np.where(learn[1:], row_ids[1:], IGNORED), IGNORED))
+        positions.append(np.arange(len(row_ids)))
+        places.append(np.full(len(row_ids), place))
+    return tuple(np.concatenate(column) for column in (ids, targets, positions, places))
 
 
 _NOTHING = (np.zeros(1, np.int64), np.full(1, IGNORED), np.zeros(1, np.int64), np.full(1, -1))
@@ -143,6 +191,6 @@ def _pad(column: tuple[np.ndarray, ...], length: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def _learnable(learn: np.ndarray) -> int:
+def learnable(learn: np.ndarray) -> int:
     """Learnt tokens that have a token before them to be predicted from."""
     return int(learn[1:].sum())

@@ -1,14 +1,16 @@
 """From settings to the training and held-out data of a run."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.chat import chat_format
 from job.config import RunConfig
-from job.data.batches import Batches
+from job.data.batches import Batches, Fits
 from job.data.encode import Encoder, Tokens
 from job.data.rows import Row, rows_of
-from job.data.split import read_split
+from job.data.shards import Shard
+from job.data.split import first_rows, read_held_out, read_split, stream_shards
+from job.data.stream import Share, Stream
 from job.errors import DataError, InputError
 from job.formats import format_of
 from job.tokenizer import Tokenizer
@@ -23,36 +25,28 @@ class Encodings:
     held_out: Tokens | None
 
 
-Share = Callable[[Callable[[], Encodings]], Encodings]
-"""Has one rank do something and gives what comes of it to all."""
-
-
 @dataclass(frozen=True)
 class Dataset:
     """A run's batches; `held_out` is None without evaluation."""
 
     how: str
-    train: Batches
+    train: Batches | Stream
     held_out: Batches | None
 
     def report(self) -> list[str]:
-        """What was read, as what, and what was lost, in sentences."""
-        named = [("train", self.train)]
-        if self.held_out is not None:
-            named.append(("held out", self.held_out))
-        lines = [self.how]
-        for name, batches in named:
-            tokens, sequences = batches.tokens, len(batches.epoch(0))
-            fates = ", ".join(f"{number} {fate}" for fate, number in sorted(tokens.fate.items()))
-            lines.append(
-                f"{name}: {sum(tokens.fate.values())} rows ({fates}), {int(tokens.lengths.sum()):,} tokens, "
-                f"longest {int(tokens.lengths.max())}, {sequences} sequences"
-            )
-        return lines
+        """What was read, as what, and what was lost, in sentences; of a stream, what will be read."""
+        held_out = [] if self.held_out is None else [f"held out: {self.held_out.report()}"]
+        return [self.how, f"train: {self.train.report()}", *held_out]
+
+    def check(self, fits: Fits) -> None:
+        """Have all rows judged: those in memory now, a stream's as they come."""
+        for batches in (self.train, self.held_out):
+            if batches is not None:
+                batches.check(fits)
 
 
 def load_dataset(config: RunConfig, tokenizer: Tokenizer, share: Share = lambda encode: encode()) -> Dataset:
-    """Read, encode and divide the rows.
+    """Read, encode and divide the rows; with data.streaming, list the training files and read none but the first row.
 
     Args:
         share: with several ranks, has the first of them read and encode for all.
@@ -60,13 +54,27 @@ def load_dataset(config: RunConfig, tokenizer: Tokenizer, share: Share = lambda 
     Raises:
         DataError: a source is missing, broken or empty, or a row lacks fields; names file, row and fields.
     """
-    found = share(lambda: _encodings(config, tokenizer))
     data, train = config.data, config.train
 
-    def batches(tokens: Tokens) -> Batches:
+    def batches(tokens: Tokens | None) -> Batches | None:
+        if tokens is None:
+            return None
         return Batches(tokens, data.max_length, data.packing, data.shuffle, train.seed, train.global_batch_size)
 
-    return Dataset(found.how, batches(found.train), None if found.held_out is None else batches(found.held_out))
+    if data.streaming:
+        readers: list[Encoder] = []  # only on the rank that reads
+
+        def open_stream() -> tuple[str, tuple[Shard, ...], Tokens | None]:
+            how, shards, held_out, encoder = _open_stream(config, tokenizer)
+            readers.append(encoder)
+            return how, shards, held_out
+
+        how, shards, held_out = share(open_stream)
+        return Dataset(how, Stream(shards, config, readers[0] if readers else None, share), batches(held_out))
+    found: Encodings = share(lambda: _encodings(config, tokenizer))
+    trained = batches(found.train)
+    assert trained is not None
+    return Dataset(found.how, trained, batches(found.held_out))
 
 
 def _encodings(config: RunConfig, tokenizer: Tokenizer) -> Encodings:
@@ -74,10 +82,23 @@ def _encodings(config: RunConfig, tokenizer: Tokenizer) -> Encodings:
     encoder = make_encoder(config, tokenizer, rows[0])
     with rows_of("data.train"):
         train = encoder.encode_all(rows)
-    if not held_out:
-        return Encodings(f"format {encoder.name}, {encoder.chat.name}", train, None)
+    return Encodings(_how(encoder), train, _held_out(encoder, held_out))
+
+
+def _open_stream(config: RunConfig, tokenizer: Tokenizer) -> tuple[str, tuple[Shard, ...], Tokens | None, Encoder]:
+    """(by which formats, the files, held-out tokens, the encoder)."""
+    shards = stream_shards(config)
+    encoder = make_encoder(config, tokenizer, first_rows(config, shards, 1)[0])
+    return _how(encoder), shards, _held_out(encoder, read_held_out(config)), encoder
+
+
+def _how(encoder: Encoder) -> str:
+    return f"format {encoder.name}, {encoder.chat.name}"
+
+
+def _held_out(encoder: Encoder, rows: Sequence[Row]) -> Tokens | None:
     with rows_of("evaluation"):
-        return Encodings(f"format {encoder.name}, {encoder.chat.name}", train, encoder.encode_all(held_out))
+        return encoder.encode_all(rows) if rows else None
 
 
 def make_encoder(config: RunConfig, tokenizer: Tokenizer, first: Row) -> Encoder:

@@ -10,17 +10,23 @@ WINDOW = 1024
 
 
 def epoch_order(
-    lengths: Sequence[int] | np.ndarray, max_length: int, packing: bool, shuffle: bool, seed: int, epoch: int
+    lengths: Sequence[int] | np.ndarray,
+    max_length: int,
+    packing: bool,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    block: int = 0,
 ) -> list[list[int]]:
-    """The sequences of one epoch, each a list of row places.
+    """The sequences of one epoch, or of one block of a streamed one, each a list of row places.
 
     Args:
         lengths: tokens of every row.
         max_length: slots of a sequence.
         packing: several rows a sequence, or one.
-        shuffle, seed, epoch: rows are permuted by a generator seeded with (seed, epoch) alone.
+        shuffle, seed, epoch, block: rows are permuted by a generator seeded with (seed, epoch, block) alone.
     """
-    generator = np.random.default_rng((seed, epoch))
+    generator = np.random.default_rng((seed, epoch, block))  # block 0 is the series of (seed, epoch)
     order = generator.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     if not packing:
         return [[int(row)] for row in order]

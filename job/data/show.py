@@ -18,10 +18,12 @@ LISTED = 10
 def show(encoder: Encoder, train: Sequence[Row], held_out: Sequence[Row], count: int) -> Iterator[Text]:
     """The first `count` training and held-out rows, then how many there are of both and what was lost.
 
+    Of a stream, `train` are its first rows.
+
     Raises:
         DataError: what training would refuse: a row lacks fields, or none has anything to learn.
     """
-    parts = [("", "train", "data.train", train)]
+    parts = [("", "train, first rows of the stream" if encoder.data.streaming else "train", "data.train", train)]
     if held_out:
         parts.append(("held out, ", "held out", "evaluation", held_out))
     for mark, _, setting, rows in parts:
