@@ -158,7 +158,7 @@ class RunFolder:
         try:
             self.store.write(STATUS, content)
         except OSError as fault:
-            if fault.errno != errno.ENOSPC or not self.store.is_local:
+            if fault.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.store.is_local:
                 raise
             # a full disk has room for no second file, but in the place of the first
             Path(self.store.path(STATUS)).write_bytes(content)

@@ -186,9 +186,9 @@ class JsonlSink:
         try:
             self.store.append(METRICS, b"".join(self.waiting))
         except OSError as fault:
-            if fault.errno != errno.ENOSPC:
+            if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return  # the disk is full: the rows wait for room
+            return  # the disk or the quota is full: the rows wait for room
         self.waiting = []
 
     def _join(self) -> None:
