@@ -24,7 +24,7 @@ class Proxy(ThreadingHTTPServer):
         lost: of so many next conditional puts the answer is lost.
         refusals: the next conditional puts are answered so, HTTP status and S3's code, and not passed on.
         forgets: whether If-None-Match is dropped.
-        denies: whether everything is refused as AccessDenied.
+        denies: who has this in its Authorization header is refused as AccessDenied.
         ahead: the server's clock before ours, in what it says of its files.
         conditional: how many conditional puts came.
     """
@@ -37,7 +37,8 @@ class Proxy(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.lost = self.conditional = 0
         self.refusals: list[tuple[int, str]] = []
-        self.forgets = self.denies = False
+        self.forgets = False
+        self.denies: str | None = None
         self.ahead = timedelta()
 
     @property
@@ -55,7 +56,7 @@ class _Pass(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         conditional = "If-None-Match" in self.headers
         self.server.conditional += conditional
-        if self.server.denies:
+        if self.server.denies and self.server.denies in self.headers["Authorization"]:
             self._send(403, {}, _error("AccessDenied"))
         elif conditional and self.server.refusals:
             status, code = self.server.refusals.pop(0)
