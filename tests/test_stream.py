@@ -131,7 +131,7 @@ def test_every_epoch_has_the_rows_that_are_read_into_memory(
         assert all(len(batch.sequences) == 4 for batch in through[:-1])
         assert 1 <= len(through[-1].sequences) <= 4
         assert through[-1].epoch == number + 1
-        assert all(number <= one.epoch <= two.epoch < number + 1 for one, two in pairwise(through[:-1]))
+        assert all(number < one.epoch <= two.epoch < number + 1 for one, two in pairwise(through[:-1]))
 
 
 def test_a_buffer_for_all_rows_of_one_file_gives_the_batches_of_memory(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -365,6 +365,19 @@ def test_two_ranks_have_the_losses_of_one(trained: Callable[..., Any], tmp_path:
     assert [row["eval_loss"] for row in metrics(both) if "eval_loss" in row] == pytest.approx(
         [row["eval_loss"] for row in metrics(alone) if "eval_loss" in row], rel=1e-5
     )
+
+
+def test_a_run_goes_on_within_a_block_on_other_ranks(
+    trained: Callable[..., Any], run_file: Callable[..., Path]
+) -> None:
+    sections = {"data": STREAMED, "train": {"micro_batch_size": 1, "schedule": "constant", "warmup_steps": 0}}
+    whole, _ = trained("whole", **sections | {"train": sections["train"] | {"max_steps": 11}})
+    broken, _ = trained("broken", 2, **sections | {"train": sections["train"] | {"max_steps": 5}})
+    done = run_ranks(1, "train", whole.parent.parent / "broken.yaml", "train.max_steps=11")
+    assert done[0].code == 0, done[0].err
+    assert "going on after step 5" in done[0].err
+    assert len(losses(broken)) == 11
+    assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", [True, False])

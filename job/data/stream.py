@@ -22,6 +22,8 @@ from job.data.shards import Shard
 from job.errors import DataError
 
 T = TypeVar("T")
+WITHIN = 1e-6
+"""Share of an epoch that is the least between its start or end and what lies within."""
 Share = Callable[[Callable[[], Any]], Any]
 """Has one rank do something and gives what comes of it to all."""
 GOODBYE_S = 2.0
@@ -151,9 +153,13 @@ class Stream:
 
 
 def _epoch(block: Block, place: int) -> float:
-    """Epochs passed before a sequence of a block: by the bytes of shards that were read through."""
+    """Epochs passed before a sequence of a block: by the bytes of shards that were read through.
+
+    It is a whole number nowhere: only the last batch of an epoch has one.
+    """
     before, after = block.passed
-    return block.begin.epoch + before + (after - before) * place / len(block.order)
+    part = before + (after - before) * place / len(block.order)
+    return block.begin.epoch + min(max(part, WITHIN), 1 - WITHIN)
 
 
 def _batch(
