@@ -110,15 +110,17 @@ class Checkpoints:
         self.folder(step).write(part.name, content)
         return part
 
-    def publish(self, manifest: Manifest) -> bool:
-        """Make a checkpoint complete; False when another writer's is there already. What a dead writer left goes."""
-        folder = self.folder(manifest.step)
-        if not folder.create(MANIFEST, manifest.content()):
-            if self._usable(manifest.step):
-                return False
+    def publish(self, manifest: Manifest, replace: bool = False) -> bool:
+        """Make a checkpoint complete; False when another writer's is there already. What a dead writer left goes.
+
+        Args:
+            replace: what is there was found unusable.
+        """
+        folder, content = self.folder(manifest.step), manifest.content()
+        if replace:
             folder.remove(MANIFEST, missing_ok=True)
-            if not folder.create(MANIFEST, manifest.content()):
-                return False
+        if not folder.create(MANIFEST, content) and folder.read(MANIFEST) != content:
+            return False
         listed = {part.name for part in manifest.parts} | {MANIFEST}
         for name in folder.names():
             if name not in listed:
@@ -155,14 +157,6 @@ class Checkpoints:
         if _sha256(content) != part.sha256:
             raise Unusable(f"{part.name} is damaged (its SHA-256 differs)")
         return content
-
-    def _usable(self, step: int) -> bool:
-        try:
-            for part in self.manifest(step).parts:
-                self.read(step, part)
-        except Unusable:
-            return False
-        return True
 
     def discard(self, step: int) -> None:
         """Remove a checkpoint, its manifest first, so that it is never complete with a part missing."""

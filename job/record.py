@@ -12,6 +12,7 @@ from job.lease import Lease, NoLease
 from job.progress import Progress
 from job.run_folder import STATUS, RunFolder, State
 from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
+from job.stop import STOP_KEY, CutShort
 from job.store import reason
 from job.uploads import Uploads, patiently
 from job.world import World
@@ -50,6 +51,10 @@ class Record:
             else NoLease(self.run.store)
         )
         self.run.begin()
+
+    def stop_key(self) -> str | None:
+        """The word for it when somebody made the file `stop` in the run's folder."""
+        return STOP_KEY if self.lease is not None and self.lease.asked_to_stop else None
 
     def checkpointed(self, step: int) -> None:
         """Write that a checkpoint is complete; from the uploads' thread."""
@@ -93,13 +98,12 @@ class Record:
 
 
 @contextmanager
-def recorded(run: RunFolder, world: World, say: Say) -> Iterator[Record]:
+def recorded(record: Record) -> Iterator[None]:
     """A run from its first status to its last."""
-    record = Record(run, world, say)
     try:
-        on_first_rank(world, record.begin)
+        on_first_rank(record.world, record.begin)
         with _told(record):
-            yield record
+            yield
     finally:
         record.close()
 
@@ -128,6 +132,8 @@ def _in_words(fault: BaseException, step: int) -> JobError | None:
     """The faults that a user can cure, in a sentence; None for those that are ours."""
     if isinstance(fault, JobError):
         return fault
+    if isinstance(fault, CutShort):
+        return JobError(str(fault))
     if out_of_memory(fault):
         return JobError(
             f"the GPU's memory ran out after step {step} ({str(fault).splitlines()[0][:160]}). Lower "

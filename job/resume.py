@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from job.checkpoint import Checkpoints, Manifest, Part, Unusable
+from job.checkpoint import Checkpoints, Manifest, Unusable
 from job.config import RunConfig, changes, parse_config
 from job.engine import Engine
 from job.errors import DataError, OutputError
@@ -29,21 +29,25 @@ Patiently = Callable[[Callable[[], Any], str], Any]
 
 @dataclass(frozen=True)
 class Found:
-    """A verified checkpoint; of `content` each rank holds the parts that it read, by their number."""
+    """A verified checkpoint. Each rank holds what it read: the states of ranks that wrote it, by their number, and the
+    first the best adapter, None on others or without one."""
 
     manifest: Manifest
-    parts: tuple[Part, ...]
-    content: dict[int, bytes]
     state: RunState
+    ranks: dict[int, RankState]
+    best: dict[str, torch.Tensor] | None
 
 
-def find(checkpoints: Checkpoints, world: World, say: Say, patiently: Patiently) -> Found | None:
+def find(checkpoints: Checkpoints, steps: Sequence[int], world: World, say: Say, patiently: Patiently) -> Found | None:
     """The newest complete checkpoint whose parts are all what its manifest says; None when there is none.
 
-    Part i is read by rank i modulo the ranks, so that a checkpoint is read once, and as many ranks as wrote it read
-    their own. What is skipped is said.
+    Rank i's part is read by rank i modulo the ranks, so that a checkpoint is read once, and as many ranks as wrote it
+    read their own. What is skipped is said.
+
+    Args:
+        steps: those that have a folder, the newest first.
     """
-    for step in on_first_rank(world, lambda: patiently(checkpoints.steps, "list of checkpoints")):
+    for step in steps:
         found = _verified(checkpoints, step, world, patiently)
         if isinstance(found, Found):
             return found
@@ -55,39 +59,48 @@ def _verified(checkpoints: Checkpoints, step: int, world: World, patiently: Pati
     manifest = on_first_rank(world, lambda: _or_why(lambda: checkpoints.manifest(step), patiently))
     if isinstance(manifest, str):
         return manifest
-    # the ranks' parts first: rank r then reads what rank r wrote
-    parts = tuple(sorted(manifest.parts, key=lambda part: (not part.name.startswith(RANK), part.name)))
-    content: dict[int, bytes] = {}
-    why = None
-    for number in range(world.rank, len(parts), world.world_size):
-        read = _or_why(lambda part=parts[number]: checkpoints.read(step, part), patiently)  # type: ignore[misc]
-        if isinstance(read, str):
-            why = read
-            break
-        content[number] = read
-    if whys := [said for said in everyone(world, why) if said]:
+    read = _or_why(lambda: _read(checkpoints, manifest, world), patiently)
+    whys = [said for said in everyone(world, read if isinstance(read, str) else None) if said]
+    if whys:
         return whys[0]
-    place = _number(parts, RUN)
-    if place is None:
-        return f"it has no {RUN}"
-    own = content.get(place)
-    state = told(world, place % world.world_size, None if own is None else _or_why(lambda: RunState.parse(own)))
-    if isinstance(state, RunState) and state.counters["kept_eval"] is not None and _number(parts, BEST) is None:
-        return f"it has no {BEST}"
-    return state if isinstance(state, str) else Found(manifest, parts, content, state)
+    state, ranks, best = read
+    return Found(manifest, told(world, 0, state), ranks, best)
 
 
-def _or_why(act: Callable[[], Any], patiently: Patiently = lambda act, what: act()) -> Any:
+def _read(
+    checkpoints: Checkpoints, manifest: Manifest, world: World
+) -> tuple[RunState | None, dict[int, RankState], dict[str, torch.Tensor] | None]:
+    """This rank's share of a checkpoint; the run's own numbers and the best adapter are the first's.
+
+    Raises:
+        Unusable: a part is missing, damaged, or lacks something; says which.
+    """
+
+    def content(kind: str) -> bytes:
+        stem = kind.partition(".")[0]
+        part = next((part for part in manifest.parts if part.name.startswith(f"{stem}-")), None)
+        if part is None:
+            raise Unusable(f"it has no {kind}")
+        return checkpoints.read(manifest.step, part)
+
+    state, best = None, None
+    if world.rank == 0:
+        state = RunState.parse(content(RUN))
+        if state.counters["kept_eval"] is not None:
+            best = parse_adapter(content(BEST))
+    written = sum(part.name.startswith(RANK) for part in manifest.parts)
+    if state and state.world_size != written:
+        raise Unusable(f"it has parts of {written} ranks, expected {state.world_size}")
+    mine = range(world.rank, written, world.world_size)
+    return state, {rank: RankState.parse(content(f"{RANK}{rank:05d}")) for rank in mine}, best
+
+
+def _or_why(act: Callable[[], Any], patiently: Patiently) -> Any:
     """What it gives, or in a sentence why that cannot be used."""
     try:
         return patiently(act, "checkpoint")
     except Unusable as fault:
         return str(fault)
-
-
-def _number(parts: Sequence[Part], kind: str) -> int | None:
-    stem = kind.partition(".")[0]
-    return next((number for number, part in enumerate(parts) if part.name.startswith(f"{stem}-")), None)
 
 
 def restore(
@@ -109,8 +122,7 @@ def restore(
             f"data.train: the rows are not those that the checkpoint of step {step} was trained on. Bring them back, "
             "or use another output.url"
         )
-    own = found.content.get(world.rank) if world.rank < state.world_size else None
-    mine = RankState.parse(own) if own else None
+    mine = found.ranks.get(world.rank)
     fits = mine is not None and engine.trained.same(mine.flats)
     if state.world_size == world.world_size and all(everyone(world, fits)):
         assert mine is not None
@@ -120,7 +132,7 @@ def restore(
         said = f"from {state.world_size} ranks under {state.strategy} to {world.world_size} under {plan.zero.strategy}"
         engine.trained.write(_from_others(found, engine, world, said, say))
     engine.restore_scaler(state.scaler)
-    progress.restore(state.counters, _best(found, world) if config.evaluation.keep_best else {})
+    progress.restore(state.counters, shown(world, 0, found.best) if config.evaluation.keep_best else {})
     if not config.evaluation.keep_best:
         progress.kept_eval = None
     if state.schedule["steps"] != plan.steps:
@@ -145,7 +157,7 @@ def _from_others(found: Found, engine: Engine, world: World, said: str, say: Say
     eight_bits = False
     for number in range(found.state.world_size):
         source = number % world.world_size
-        theirs = RankState.parse(found.content[number]).flats if world.rank == source else None
+        theirs = found.ranks[number].flats if world.rank == source else None
         mine = None if theirs is None else [(flat.pieces, flat.steps) for flat in theirs]
         for place, (pieces, steps) in enumerate(told(world, source, mine)):
             own = theirs[place] if theirs else None
@@ -156,20 +168,14 @@ def _from_others(found: Found, engine: Engine, world: World, said: str, say: Say
     return places.flats()
 
 
-def _best(found: Found, world: World) -> dict[str, torch.Tensor]:
-    number = _number(found.parts, BEST)
-    if number is None:
-        return {}
-    source = number % world.world_size
-    return shown(world, source, parse_adapter(found.content[number]) if world.rank == source else None)
-
-
 @dataclass(frozen=True)
 class Start:
-    """Where training starts; `metrics` are the lines of metrics.jsonl up to there, on the first rank."""
+    """Where training starts. `metrics` are the lines of metrics.jsonl up to there, on the first rank; `stale` are the
+    steps behind it that have a folder, of which nothing can be used."""
 
     point: Point
     metrics: list[bytes]
+    stale: frozenset[int]
 
 
 def go_on(record: Record, engine: Engine, plan: Plan, config: RunConfig, rows: str, say: Say) -> Start:
@@ -187,13 +193,16 @@ def go_on(record: Record, engine: Engine, plan: Plan, config: RunConfig, rows: s
     def patient(act: Callable[[], Any], what: str) -> Any:
         return patiently(act, what, record.retry_s, record.say, store, done="read")
 
-    found = find(Checkpoints(store), world, say, patient)
+    checkpoints = Checkpoints(store)
+    steps = on_first_rank(world, lambda: patient(checkpoints.steps, "list of checkpoints"))
+    found = find(checkpoints, steps, world, say, patient)
     if found is None:
         if record.run.old is not None:
             say(f"no usable checkpoint in {store.url}: starting from the beginning")
             on_first_rank(world, lambda: forget_metrics(store))
-        return Start(Point.of(record.progress, {}), [])
+        return Start(Point.of(record.progress, {}), [], frozenset(steps))
     restore(found, engine, record.progress, plan, config, rows, world, say)
     kept: list[bytes] = []
     on_first_rank(world, lambda: kept.extend(cut_metrics(store, found.manifest.step)))
-    return Start(Point.of(record.progress, found.state.cursor), kept)
+    stale = frozenset(step for step in steps if step > found.manifest.step)
+    return Start(Point.of(record.progress, found.state.cursor), kept, stale)

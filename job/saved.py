@@ -71,11 +71,15 @@ class RankState:
             for name, tensor in flat.tensors.items()
         }
         about = [
-            {"steps": flat.steps, "pieces": [dataclasses.astuple(piece) for piece in flat.pieces]}
+            {
+                "steps": flat.steps,
+                "pieces": [dataclasses.astuple(piece) for piece in flat.pieces],
+                "tensors": list(flat.tensors),
+            }
             for flat in self.flats
         ]
         states = {name: value for name, value in self.random.items() if torch.is_tensor(value)}
-        plain = {name: value for name, value in self.random.items() if name not in states}
+        plain = {name: value for name, value in self.random.items() if name not in states} | {"of": list(states)}
         return safetensors.torch.save(tensors | states, {"flats": json.dumps(about), "random": json.dumps(plain)})
 
     @classmethod
@@ -92,13 +96,14 @@ class RankState:
                 Flat(
                     tuple(Piece(*piece) for piece in one["pieces"]),
                     one["steps"],
-                    {name.split(".", 1)[1]: tensors[name] for name in tensors if name.startswith(f"{number}.")},
+                    {name: tensors[f"{number}.{name}"] for name in one["tensors"]},
                 )
                 for number, one in enumerate(json.loads(about["flats"]))
             ]
-            states = json.loads(about["random"]) | {name: tensors[name] for name in (CPU, CUDA) if name in tensors}
+            states = json.loads(about["random"])
+            states |= {name: tensors[name] for name in states.pop("of")}
         except (KeyError, ValueError, TypeError) as fault:
-            raise Unusable(f"its part {RANK} lacks {fault}") from fault
+            raise Unusable(f"it lacks {fault}") from fault
         return cls(flats, states)
 
 

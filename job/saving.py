@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Saver:
         record: of the run, with this rank's uploads and on the first rank its lease.
         flush: hands metrics of the steps so far to the uploads.
         start: where the run starts, which needs no checkpoint.
+        stale: steps whose checkpoints are unusable, and replaced.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Saver:
         record: Record,
         flush: Callable[[], None],
         start: Point,
+        stale: Collection[int],
     ):
         self.engine, self.plan, self.config, self.rows = engine, plan, config, rows
         self.record, self.world, self.uploads, self.lease = record, record.world, record.uploads, record.lease
         self.checkpoints, self.flush = Checkpoints(record.run.store), flush
-        self.notes = PostBox(self.world)
+        self.stale, self.notes = stale, PostBox(self.world)
         self.good, self.saved, self.wanted = start, start.step, False
         self.taken_at = time.monotonic()
         self.stalled_s: list[float] = []
@@ -176,7 +178,7 @@ class Saver:
         if self.lease is not None:
             self.lease.check()
         manifest = Manifest(point.step, fixed_hash(self.config), point.eval_loss, parts)
-        if not self.checkpoints.publish(manifest):
+        if not self.checkpoints.publish(manifest, point.step in self.stale):
             raise JobError(f"another run wrote the checkpoint of step {point.step}. Use another output.url")
         self.record.checkpointed(point.step)
         self.checkpoints.retain(self.config.checkpoint.keep, self.config.checkpoint.keep_best)

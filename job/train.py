@@ -1,5 +1,7 @@
 """The page: one run from its settings to its adapter."""
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +33,7 @@ from job.resume import go_on
 from job.run_folder import RunFolder
 from job.saved import seed_random
 from job.saving import Saver
-from job.stop import NAMES, StopRequest
+from job.stop import WORDS, StopRequest, limits
 from job.swap import prepare_files
 from job.tokenizer import Tokenizer
 from job.uploads import patiently
@@ -64,6 +66,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         Interrupted: a signal asked to stop; the adapter of that step was written.
         JobError: the training failed; status.json says why.
     """
+    ends_at = limits(config, os.environ, time.time())
     hardware = this_hardware(world.local_rank)
     connect(world, hardware.device)
     world, hardware = agree_on_hardware(world, hardware)
@@ -90,7 +93,10 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         say(line)
 
     seed_random(config.train.seed, world.rank)
-    with recorded(run, world, say) as record, StopRequest() as stop:
+    record = Record(run, world, say)
+    grace_s, file = config.train.stop_grace_s, config.train.stop_file
+    stop = StopRequest(grace_s, file, ends_at, record.stop_key, world.speaks)
+    with stop, recorded(record):
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
         dtype = DTYPE[plan.precision]
         model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)
@@ -102,8 +108,8 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
             refuse_leaking_packs(engine.logits, type(skeleton).__name__)
         start = go_on(record, engine, plan, config, data.train.fingerprint, say)
         with metric_sinks(config, run, record, plan.steps, start.metrics) as on_row:
-            saver = Saver(engine, plan, config, data.train.fingerprint, record, on_row.flush, start.point)
-            asked = partial(agreed, world, lambda: stop.asked, NAMES)
+            saver = Saver(engine, plan, config, data.train.fingerprint, record, on_row.flush, start.point, start.stale)
+            asked = partial(agreed, world, lambda: stop.asked, WORDS)
             loop.run(engine, data, plan, config, world, on_row, asked, record.progress, saver)
             saver.finish(record.progress)
         on_first_rank(world, lambda: _leave(config, record, model, tokenizer))

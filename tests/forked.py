@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -100,6 +102,8 @@ def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | 
 
     if "COUNT_READ_BYTES" in variables:
         _count_read_bytes(variables["COUNT_READ_BYTES"])
+    if "DIE_AFTER_STEP" in variables:
+        _die_after(int(variables["DIE_AFTER_STEP"]))
     main()
 
 
@@ -117,3 +121,20 @@ def _count_read_bytes(path: str) -> None:
         return content
 
     Store.read = counted  # type: ignore[method-assign]
+
+
+def _die_after(step: int) -> None:
+    """Have this process killed after a step, once what it uploads is written: where a checkpoint is due, it is there."""
+    from job.saving import Saver
+
+    after_step = Saver.after_step
+
+    def last(self: Saver, progress: Any, batch: Any) -> None:
+        after_step(self, progress, batch)
+        if progress.step == step:
+            self.uploads.wait(60)
+            if self.world.rank:
+                time.sleep(1)  # the first rank publishes for all, and the others reach each other through it
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Saver.after_step = last  # type: ignore[method-assign]
