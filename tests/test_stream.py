@@ -220,6 +220,23 @@ def test_going_on_opens_no_shard_that_was_passed(opened: Open, reads: list[Any],
     assert sum(stop - start for _, start, stop in reads) == (shards / "3.jsonl").stat().st_size
 
 
+def test_other_rows_than_before_are_refused_when_going_on(opened: Open, shards: Path) -> None:
+    plain = {"data": {"shuffle": False, "packing": False}}
+    cursor = next(batch.cursor for batch in opened(**plain).from_step(0) if batch.cursor["sequences"] == 6)
+    assert (cursor["shard"], cursor["row"]) == (0, 10)
+    nothing = {"instruction": "Say nothing.", "output": ""}
+    write_rows(shards / "0.jsonl", [*ROWS[:10], *[nothing] * 10])
+    with pytest.raises(DataError, match=r"^data\.train: block 1 of epoch 0 has 0 sequences, expected more than the 6 "):
+        next(opened(**plain).from_step(cursor["step"], cursor))
+    write_rows(shards / "0.jsonl", ROWS[:9])
+    with pytest.raises(DataError, match=r"^data\.train: .*0\.jsonl: has 9 rows, expected the 10 that were read before"):
+        next(opened(**plain).from_step(cursor["step"], cursor))
+    for number in (1, 2, 3):
+        (shards / f"{number}.jsonl").unlink()
+    with pytest.raises(DataError, match=r"^data\.train: has 1 files, expected more than 3 as when the run stopped\. "):
+        next(opened(**plain).from_step(9, {**cursor, "shard": 3}))
+
+
 def test_a_file_larger_than_any_disk_is_read_no_further_than_one_block_ahead(
     opened: Open, reads: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

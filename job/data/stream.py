@@ -128,6 +128,12 @@ class Stream:
         for block in blocks:
             fate += block.tokens.fate
             self.fate += block.tokens.fate
+            if skip and skip >= len(block.order):
+                raise DataError(
+                    f"data.train: block {block.begin.block} of epoch {block.begin.epoch} has {len(block.order)} "
+                    f"sequences, expected more than the {skip} that were trained on before the run stopped: the rows "
+                    "are others. Put the files back that the run began with, or begin a new run at another output.url"
+                )
             for place in range(skip, len(block.order)):
                 if len(pending) == self.config.train.global_batch_size:
                     yield _batch(pending, number, _epoch(block, place), block.begin, place)
