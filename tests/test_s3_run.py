@@ -55,7 +55,9 @@ def trained(s3_server: S3, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
 def test_a_run_on_s3_finishes_with_settings_metrics_status_and_adapter(trained: Trained) -> None:
     assert trained.done.code == 0, trained.done.err
     assert f"adapter: s3://{OUT}/adapter" in trained.done.err
-    assert json.loads(trained.files["status.json"])["state"] == "finished"
+    status = json.loads(trained.files["status.json"])
+    assert (status["state"], status["step"], status["checkpoint"]) == ("finished", 3, 3)
+    assert "checkpoints/step-00000003/manifest.json" in trained.files
     assert parse_config(trained.files["run.yaml"].decode()).output.url == f"s3://{OUT}"
 
 
@@ -86,6 +88,39 @@ def test_nothing_is_left_on_the_local_disk(trained: Trained) -> None:
 def test_the_same_run_again_is_finished_already(trained: Trained) -> None:
     again = run("train", "run.yaml", cwd=trained.here, env=trained.env)
     assert again.code == 0 and again.err.startswith("This run is finished already (3 steps). Adapter: s3://"), again.err
+
+
+def test_a_run_on_s3_goes_on_from_its_checkpoint_when_it_shall_be_longer(trained: Trained, s3_server: S3) -> None:
+    place, fs = f"{BUCKET}/runs/longer", s3_server.fs()
+    words = ("train", "run.yaml", f"output.url=s3://{place}", "train.schedule=constant", "train.warmup_steps=0")
+    assert run(*words, "train.max_steps=2", cwd=trained.here, env=trained.env).code == 0
+    refused = run(*words, "train.max_steps=4", "lora.rank=8", cwd=trained.here, env=trained.env)
+    assert refused.code == 2
+    assert "  lora.rank: 4 there, 8 here\n  Use another output.url, or set these back to what they were" in refused.err
+    done = run(*words, "train.max_steps=4", cwd=trained.here, env=trained.env)
+    assert done.code == 0 and "going on after step 2" in done.err, done.err
+    rows = [json.loads(line) for line in fs.cat_file(f"{place}/metrics.jsonl").splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 4]
+    status = json.loads(fs.cat_file(f"{place}/status.json"))
+    assert (status["state"], status["step"], status["checkpoint"]) == ("finished", 4, 4)
+    names = [path.removeprefix(f"{place}/") for path in fs.find(place)]
+    assert "checkpoints/step-00000004/manifest.json" in names
+    assert not [name for name in names if name.startswith("metrics-parts/")]
+
+
+def test_a_failed_run_on_s3_keeps_the_metrics_up_to_its_end_and_a_checkpoint(trained: Trained, s3_server: S3) -> None:
+    place, fs = f"{BUCKET}/runs/failed", s3_server.fs()
+    wild = ("train.learning_rate=1e30", "train.max_steps=100", "train.max_skipped_steps=3")
+    done = run("train", "run.yaml", f"output.url=s3://{place}", *wild, cwd=trained.here, env=trained.env)
+    assert done.code == 1 and "Traceback" not in done.err, done.err
+    status = json.loads(fs.cat_file(f"{place}/status.json"))
+    assert status["state"] == "failed" and status["reason"].startswith("loss or gradients of 3 steps in a row")
+    rows = [json.loads(line) for line in fs.cat_file(f"{place}/metrics.jsonl").splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, status["step"] + 1))
+    assert [row.get("left_out", 0) for row in rows if "loss" in row][-3:] == [1, 1, 1]
+    assert status["checkpoint"] == status["step"] - 3
+    assert fs.exists(f"{place}/checkpoints/step-{status['checkpoint']:08d}/manifest.json")
 
 
 def test_compare_reads_model_data_and_adapter_from_s3(trained: Trained) -> None:

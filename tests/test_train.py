@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from job import adapter
 from job.config import parse_config
-from job.errors import AdapterError, InputError, JobError, ModelError
+from job.engine import Engine
+from job.errors import AdapterError, InputError, JobError, ModelError, OutputError
 from job.report import summary
 from job.train import train
 from job.world import World
@@ -62,21 +63,86 @@ def test_a_run_leaves_settings_metrics_status_and_adapter(run_file: RunFile) -> 
         "memory_gib",
     }
     assert all(set(row) == keys for row in rows if "loss" in row)
-    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["reason"], status["step"]) == ("finished", "", 3)
+    assert (status["checkpoint"], status["restarts"]) == (3, 0)
+    manifest = json.loads((out / "checkpoints/step-00000003/manifest.json").read_text())
+    assert (manifest["step"], manifest["eval_loss"]) == (3, rows[-1]["eval_loss"])
+    assert sorted(manifest["parts"]) == sorted(
+        file.name for file in (out / "checkpoints/step-00000003").iterdir() if file.name != "manifest.json"
+    )
     assert parse_config((out / "run.yaml").read_text()).train.max_steps == 3
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
         f.name for f in (out / "adapter").iterdir()
     }
 
 
+def refuse_to_load(*arguments: Any) -> None:
+    raise AssertionError("a finished run needs no model")
+
+
+def test_a_finished_run_is_left_alone_and_goes_on_when_it_shall_be_longer(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = {"schedule": "constant", "warmup_steps": 0}
+    judged = {"share": 0.25, "every_steps": 1}
+    whole = run(run_file("whole", lora=HALF, evaluation=judged, train={**flat, "max_steps": 5}))
+    path = run_file("parts", lora=HALF, evaluation=judged, train={**flat, "max_steps": 3})
+    out = run(path)
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    with monkeypatch.context() as patched:
+        patched.setattr("job.train.build", refuse_to_load)
+        assert run(path) == out
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
+    with pytest.raises(
+        OutputError, match=r"other fixed settings\n  train.seed: 42 there, 7 here\n  Use another output"
+    ):
+        run(path, "train.max_steps=5", "train.seed=7")
+    run(path, "train.max_steps=5")
+    assert timeless(out) == timeless(whole)
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == (
+        whole / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    weights: list[dict[str, torch.Tensor]] = []
+    before = Engine.train_step
+
+    def watched(self: Engine, batch: Any, *others: Any) -> Any:
+        loss_sum = self._loss_sum
+        if batch.step == 1:
+            monkeypatch.setattr(self, "_loss_sum", lambda micro_batch: loss_sum(micro_batch) * math.nan)
+        weights.append(self.gather())
+        step = before(self, batch, *others)
+        weights.append(self.gather())
+        monkeypatch.setattr(self, "_loss_sum", loss_sum)
+        return step
+
+    monkeypatch.setattr(Engine, "train_step", watched)
+    out = run(run_file(train={"precision": precision, "max_steps": 4}))
+    assert [row.get("left_out", 0) for row in metrics(out)] == [0, 1, 0, 0]
+    assert [row["loss"] is None for row in metrics(out)] == [False, True, False, False]
+    moved = [any(not torch.equal(one[name], other[name]) for name in one) for one, other in pairwise(weights)]
+    assert moved == [True, False, False, False, True, False, True]
+    assert all(tensor.isfinite().all() for tensor in weights[-1].values())
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["checkpoint"]) == ("finished", 4)
+
+
+def timeless(out: Path) -> list[dict[str, Any]]:
+    """The rows of metrics without what differs between two equal runs."""
+    return [{k: v for k, v in row.items() if "_s" not in k and k != "memory_gib"} for row in metrics(out)]
+
+
 def test_the_same_seed_gives_the_same_losses_bit_for_bit_and_another_does_not(run_file: RunFile) -> None:
     first = run(run_file("a", lora=HALF, evaluation={"share": 0.25}))
     second = run(run_file("b", lora=HALF, evaluation={"share": 0.25}))
-    timeless = [
-        [{k: v for k, v in row.items() if "_s" not in k and k != "memory_gib"} for row in metrics(out)]
-        for out in (first, second)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(first) == timeless(second)
     assert load_file(first / "adapter/adapter_model.safetensors").keys()
     assert (first / "adapter/adapter_model.safetensors").read_bytes() == (
         second / "adapter/adapter_model.safetensors"
