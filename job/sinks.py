@@ -73,7 +73,7 @@ class ConsoleSink:
             return
         if not self.begun:
             self.begun, self.first = time.monotonic(), step
-        said = "gradients overflowed, left out  " if row.get("left_out") else ""
+        said = "not finite, left out  " if row.get("left_out") else ""
         said += f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tok/s{self._left(step)}"
         if self.bar:
             self.bar.update(self.task, completed=step, said=said)

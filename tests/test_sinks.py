@@ -79,6 +79,15 @@ def test_without_a_terminal_the_console_gets_one_plain_line_a_row() -> None:
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
 
 
+def test_a_step_that_was_left_out_is_said_on_the_console() -> None:
+    sink = ConsoleSink(console=console(terminal=False))
+    sink.start("first", 2)
+    sink.row(training_row(1))
+    sink.row({**training_row(2, math.nan), "left_out": 1})
+    first, second = said(sink).splitlines()
+    assert "left out" not in first and second.startswith("step 2/2  not finite, left out  loss nan  ")
+
+
 def test_plain_lines_come_every_so_many_steps_and_at_the_end() -> None:
     text = show(ConsoleSink(every_steps=2, console=console(terminal=False)))
     assert [line.split()[1] for line in text.splitlines() if "/" in line.split()[1]] == ["2/5", "4/5", "5/5"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from tests.s3 import BUCKET, S3
 
 RunFile = Callable[..., Path]
 ENDLESS = "train.max_steps=100000"
+STOPPING = "Stopping after this step; a checkpoint and the adapter will be written."
 
 
 def status(out: Path) -> dict[str, Any]:
@@ -35,13 +37,27 @@ def check_interrupted(out: Path, why: str, said: str) -> None:
     """Status, message, metrics and adapter agree on where the run stopped."""
     found = status(out)
     assert (found["state"], found["reason"]) == ("interrupted", why)
-    assert f"Interrupted: {why} after step {found['step']}. The adapter of this step is in {out}/adapter;" in said
-    assert "this version cannot continue the run, start it with another output.url" in said
+    assert (
+        f"Interrupted: {why} after step {found['step']}. A checkpoint of it and the adapter of this step are in {out}; "
+        "the same command goes on from there\n" in said
+    )
     assert "Traceback" not in said
-    assert len(losses(out)) == found["step"] > 0
+    assert len(losses(out)) == found["step"] == found["checkpoint"] > 0
+    check_checkpoint(out, found["step"])
     check_adapter((out / "adapter/adapter_model.safetensors").read_bytes())
     assert json.loads((out / "adapter/adapter_config.json").read_text())["r"] == 4
     assert not list(out.rglob("*.part"))
+
+
+def check_checkpoint(out: Path, step: int) -> None:
+    """It is there, and complete."""
+    folder = out / f"checkpoints/step-{step:08d}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == step
+    for name, part in manifest["parts"].items():
+        content = (folder / name).read_bytes()
+        assert (len(content), sha256(content).hexdigest()) == (part["bytes"], part["sha256"]), name
+    assert sorted(file.name for file in folder.iterdir()) == sorted(["manifest.json", *manifest["parts"]])
 
 
 def check_adapter(content: bytes) -> None:
@@ -51,11 +67,10 @@ def check_adapter(content: bytes) -> None:
 
 
 def test_ctrl_c_leaves_a_usable_adapter_and_says_so(run_file: RunFile, tmp_path: Path) -> None:
-    config = run_file()
     with (
         open(tmp_path / "err", "w") as err,
         subprocess.Popen(
-            [sys.executable, "-m", "job", "train", config, ENDLESS],
+            [sys.executable, "-m", "job", "train", run_file(), ENDLESS],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=err,
@@ -70,35 +85,78 @@ def test_ctrl_c_leaves_a_usable_adapter_and_says_so(run_file: RunFile, tmp_path:
         out, _ = process.communicate(timeout=100)
     said = (tmp_path / "err").read_text()
     assert (process.returncode, out) == (75, b""), said
-    assert "\nStopping after this step, the adapter will be written.\n" in said, "no word of Ctrl-C without a terminal"
+    assert f"\n{STOPPING}\n" in said, "no word of Ctrl-C without a terminal"
     check_interrupted(tmp_path / "out/run", "SIGINT", said)
-    again = run("train", config, ENDLESS)
-    assert again.code == 2 and "holds an unfinished run (interrupted at step " in again.err
+
+
+def test_the_same_command_goes_on_after_an_interruption_and_ends_like_a_run_that_had_none(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    shared = {
+        "lora": {"dropout": 0.5},
+        "evaluation": {"share": 0.25},
+        "train": {"max_steps": 40, "schedule": "constant", "warmup_steps": 0},
+    }
+    config, out, whole = run_file(**shared), tmp_path / "out/run", tmp_path / "out/whole"
+    assert run("train", run_file("whole", **shared)).code == 0
+    with Command("train", config) as command:
+        command.wait_for("step 4/")
+        command.send(signal.SIGINT)
+        done = command.wait()
+    assert done.code == 75, done.err
+    check_interrupted(out, "SIGINT", done.err)
+    stopped = status(out)["step"]
+    assert 4 <= stopped < 40
+    other = run("train", config, "lora.rank=8", "train.seed=7")
+    assert other.code == 2
+    assert (
+        f"OutputError: output.url: {out} holds a run with other fixed settings\n"
+        "  lora.rank: 4 there, 8 here\n"
+        "  train.seed: 42 there, 7 here\n"
+        "  Use another output.url, or set these back to what they were\n" in other.err
+    )
+    assert (status(out)["state"], len(losses(out))) == ("interrupted", stopped), "a refusal leaves all as it was"
+    again = run("train", config)
+    assert again.code == 0, again.err
+    assert f"going on after step {stopped}\n" in again.err
+    assert (status(out)["state"], status(out)["step"], status(out)["checkpoint"]) == ("finished", 40, 40)
+    told = [[(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics(place)] for place in (out, whole)]
+    assert told[0] == told[1] and [step for step, loss, _ in told[0] if loss] == list(range(1, 41))
+    adapters = [(place / "adapter/adapter_model.safetensors").read_bytes() for place in (out, whole)]
+    assert adapters[0] == adapters[1]
 
 
 def test_sigterm_may_come_twice(run_file: RunFile, tmp_path: Path) -> None:
     with Command("train", run_file(evaluation={"share": 0.25}), ENDLESS) as command:
         command.wait_for("step 2/")
         command.send(signal.SIGTERM)
-        command.wait_for("Stopping after this step")
+        command.wait_for(STOPPING)
         command.send(signal.SIGTERM)
         done = command.wait()
     assert done.code == 75, done.err
-    assert done.err.count("Stopping after this step") == 1
+    assert done.err.count("Stopping") == 1
     check_interrupted(tmp_path / "out/run", "SIGTERM", done.err)
 
 
-def test_an_interrupted_run_on_s3_has_all_its_metrics_in_one_file(run_file: RunFile, s3: S3) -> None:
+def test_an_interrupted_run_on_s3_has_all_its_metrics_in_one_file_and_so_when_it_went_on(
+    run_file: RunFile, s3: S3
+) -> None:
     place, fs = f"{BUCKET}/stopped", s3.fs()
-    with Command("train", run_file(storage=s3.storage, output={"url": f"s3://{place}"}), ENDLESS) as command:
+    config = run_file(storage=s3.storage, output={"url": f"s3://{place}"}, train={"max_steps": 60})
+    with Command("train", config) as command:
         command.wait_for("step 4/")
         command.send(signal.SIGTERM)
         done = command.wait()
     assert done.code == 75, done.err
     found = json.loads(fs.cat_file(f"{place}/status.json"))
     assert (found["state"], found["reason"]) == ("interrupted", "SIGTERM")
-    assert len(fs.cat_file(f"{place}/metrics.jsonl").splitlines()) == found["step"] >= 4
+    assert len(fs.cat_file(f"{place}/metrics.jsonl").splitlines()) == found["step"] == found["checkpoint"] >= 4
     check_adapter(fs.cat_file(f"{place}/adapter/adapter_model.safetensors"))
+    again = run("train", config)
+    assert again.code == 0 and f"going on after step {found['step']}\n" in again.err, again.err
+    rows = [json.loads(line) for line in fs.cat_file(f"{place}/metrics.jsonl").splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert json.loads(fs.cat_file(f"{place}/status.json"))["state"] == "finished"
 
 
 @pytest.fixture
@@ -118,15 +176,14 @@ def test_a_second_ctrl_c_at_a_terminal_exits_at_once(run_file: RunFile, tmp_path
         wait_for_status(tmp_path / "out/run")
         time.sleep(1)
         command.send(signal.SIGINT)
-        command.wait_for(
-            "Stopping after this step, the adapter will be written. Ctrl-C again exits at once, without it."
-        )
+        command.wait_for(f"{STOPPING} Ctrl-C again exits at once, without them.")
         command.send(signal.SIGINT)
         done = command.wait()
     assert done.code == 130 and "Traceback" not in done.err, done.err
     found = status(tmp_path / "out/run")
     assert (found["state"], found["reason"]) == ("interrupted", "a second Ctrl-C")
     assert not (tmp_path / "out/run/adapter").exists()
+    assert not list((tmp_path / "out/run").rglob("manifest.json"))
 
 
 def wait_for_status(out: Path) -> None:
@@ -140,7 +197,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_with_the_reason(run_file: RunFi
     assert done.code == 1 and "Traceback" not in done.err
     found = status(tmp_path / "out/run")
     assert found["state"] == "failed"
-    assert found["reason"].startswith("the loss of step ") and "Lower train.learning_rate" in found["reason"]
+    assert found["reason"].startswith("loss or gradients of ") and "Lower train.learning_rate" in found["reason"]
     assert f"JobError: {found['reason']}\n" in done.err
 
 
@@ -197,12 +254,15 @@ def test_a_closed_terminal_stops_the_run_like_a_signal_that_asks(run_file: RunFi
     assert status(tmp_path / "out/run")["state"] == "interrupted"
 
 
-def test_a_full_disk_leaves_a_true_status(run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+def test_a_full_disk_leaves_a_true_status(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     folder = RunFolder(load_config(str(run_file())))
     folder.begin()
 
     def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, "No space left on device")
 
     monkeypatch.setattr(folder.store, "write", full)
     folder.write_status("failed", "storage failed after step 7", 7)
