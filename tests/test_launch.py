@@ -58,6 +58,19 @@ def test_every_launcher_gives_the_losses_of_one_process(
     assert losses(tmp_path / "out/two") == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_run_of_one_process_goes_on_under_two_workers_and_back(run_file: RunFile, tmp_path: Path) -> None:
+    def shared(steps: int) -> dict[str, dict[str, object]]:
+        return {"train": {**SHARED["train"], "max_steps": steps, "schedule": "constant", "warmup_steps": 0}}
+
+    whole = qlora("train", run_file("whole", **shared(6)))
+    assert whole.returncode == 0, whole.stderr
+    for steps, words in ((2, ()), (4, ("parallel.processes=2",)), (6, ("parallel.processes=1",))):
+        done = qlora("train", run_file("parts", **shared(steps)), *words)
+        assert done.returncode == 0, done.stderr
+    assert "the optimizer's state is spread anew, from 2 ranks under " in done.stderr
+    assert losses(tmp_path / "out/parts") == pytest.approx(losses(tmp_path / "out/whole"), rel=1e-5)
+
+
 def test_qlora_says_how_it_starts_its_workers_and_prints_each_line_once(run_file: RunFile) -> None:
     done = launched(*launchers(run_file("two", **SHARED))["qlora"])
     assert "2 workers on this CPU, " in done.stderr
@@ -123,8 +136,18 @@ def test_a_signal_stops_all_workers_at_the_same_step(
     process = endless()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    assert '"interrupted"' in (tmp_path / "out/endless/status.json").read_text()
-    assert (tmp_path / "out/endless/adapter/adapter_model.safetensors").exists()
+    out = tmp_path / "out/endless"
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("interrupted", "SIGTERM")
+    assert len(losses(out)) == status["step"] == status["checkpoint"] > 0
+    manifest = json.loads((out / f"checkpoints/step-{status['step']:08d}/manifest.json").read_text())
+    assert sorted(name.partition("-")[0] for name in manifest["parts"]) == ["rank00000", "rank00001", "run"]
+    assert (out / "adapter/adapter_model.safetensors").exists()
+    words = [*launchers(tmp_path / "endless.yaml")["qlora"], f"train.max_steps={status['step'] + 2}"]
+    again = launched(*words)
+    assert again.returncode == 0 and f"going on after step {status['step']}\n" in again.stderr, again.stderr
+    assert len(losses(out)) == status["step"] + 2
+    assert '"finished"' in (out / "status.json").read_text()
 
 
 def test_workers_do_not_outlive_who_started_them(endless: Callable[[], subprocess.Popen[str]]) -> None:
@@ -156,7 +179,12 @@ def test_when_the_first_worker_is_killed_its_launcher_says_so_and_writes_the_sta
     assert "worker 0 was ended by SIGKILL" in (tmp_path / "log").read_text()
     status = json.loads((tmp_path / "out/endless/status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", "worker 0 was ended by SIGKILL")
-    assert status["step"] >= 1
+    assert status["step"] >= 1 and status["checkpoint"] == 0
+    again = launched(*launchers(tmp_path / "endless.yaml")["qlora"], "train.max_steps=3")
+    assert again.returncode == 0, again.stderr
+    assert f"no usable checkpoint in {tmp_path}/out/endless: starting from the beginning\n" in again.stderr
+    rows = (tmp_path / "out/endless/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3], "nothing of the run that was lost"
 
 
 def test_no_worker_goes_before_the_first_has_written_what_the_run_leaves(run_file: RunFile, tmp_path: Path) -> None:
