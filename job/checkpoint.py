@@ -96,9 +96,11 @@ class Checkpoints:
         self.store = run.child(FOLDER)
 
     def steps(self) -> list[int]:
-        """Steps with a folder, complete or not, the newest first."""
+        """Steps with anything in their folder, complete or not, the newest first."""
         found = (_STEP.fullmatch(name) for name in self.store.names(folders=True))
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        steps = sorted((int(match[1]) for match in found if match), reverse=True)
+        # some object stores show a folder for a while after its last file
+        return [step for step in steps if self.folder(step).names()]
 
     def folder(self, step: int) -> Store:
         """Where the checkpoint of a step lies."""
@@ -123,7 +125,7 @@ class Checkpoints:
             return False
         listed = {part.name for part in manifest.parts} | {MANIFEST}
         for name in folder.names():
-            if name not in listed:
+            if name not in listed and not name.endswith(".part"):  # a draft, of somebody who writes now
                 folder.remove(name, missing_ok=True)
         return True
 
