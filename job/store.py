@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from http import HTTPStatus
+from math import inf
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 from uuid import uuid4
@@ -20,6 +21,10 @@ from job.config.running import Storage
 
 _MEMORY = threading.Lock()  # fsspec's memory looks for a file and then makes it, in two steps
 _CONFLICTS = 5
+ANSWER_S = 120.0
+SLOWEST = 1 << 18
+"""Seconds that a call may take, and bytes a second that go on top. Drivers wait without end for a server that takes a
+request and says nothing: a put for the word to go on, its body for room in the connection."""
 
 
 class Store:
@@ -32,17 +37,30 @@ class Store:
 
     def __init__(self, url: str, storage: Storage | None = None):
         self.url, self.storage = url.rstrip("/"), storage or Storage()
-        self.fs, self.root = url_to_fs(self.url, **fs_options(self.url, self.storage))
+        fs, self.root = url_to_fs(self.url, **fs_options(self.url, self.storage))
+        self._driver = [fs]
         self.is_local = "file" in ([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
+
+    @property
+    def fs(self) -> Any:
+        """fsspec's file system."""
+        return self._driver[0]
 
     def child(self, name: str) -> Self:
         """The folder `name` inside this one."""
-        return type(self)(f"{self.url}/{name}", self.storage)
+        inside = type(self)(f"{self.url}/{name}", self.storage)
+        inside._driver = self._driver
+        return inside
 
     def renew(self) -> None:
-        """Make the file system anew, also for stores made from now on: the next call reads the keys as they are now."""
+        """Read the keys as they are now, for this store, the folders inside it and all stores made from now on."""
         type(self.fs).clear_instance_cache()
-        self.fs, self.root = url_to_fs(self.url, **fs_options(self.url, self.storage))
+        self._driver[0], _ = url_to_fs(self.url, **fs_options(self.url, self.storage))
+
+    def _within(self, nbytes: float = 0) -> dict[str, float]:
+        """The time limit of a call that moves so many bytes, for drivers that take one; inf has none."""
+        takes_one = getattr(self.fs, "async_impl", False) and nbytes < inf
+        return {"timeout": ANSWER_S + nbytes / SLOWEST} if takes_one else {}
 
     def path(self, name: str) -> str:
         """The file's path as its file system wants it."""
@@ -51,7 +69,7 @@ class Store:
     def names(self, folders: bool = False) -> list[str]:
         """Names of the files (and folders) directly inside, sorted; empty when there is no such folder."""
         try:
-            found = self.fs.ls(self.root, detail=True)
+            found = self.fs.ls(self.root, detail=True, **self._within())
         except (FileNotFoundError, NotADirectoryError):
             return []
         if not self.is_local:  # some object stores keep an empty object for the folder itself
@@ -61,11 +79,11 @@ class Store:
     def missing_bucket(self) -> str | None:
         """The bucket's name when there is no such bucket: objects of one read as merely not found."""
         bucket = self.root.partition("/")[0]
-        return bucket if is_s3(self.url) and not self.fs.exists(bucket) else None
+        return bucket if is_s3(self.url) and not self.fs.exists(bucket, **self._within()) else None
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
-        return bool(self.fs.exists(self.path(name)))
+        return bool(self.fs.exists(self.path(name), **self._within()))
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """The file's bytes [start, stop), by one ranged read; fewer when the file ends before.
@@ -74,7 +92,8 @@ class Store:
             FileNotFoundError: no such file.
         """
         try:
-            return bytes(self.fs.cat_file(self.path(name), start=start, end=stop))
+            most = stop - (start or 0) if stop is not None else self.size(name) if is_s3(self.url) else inf
+            return bytes(self.fs.cat_file(self.path(name), start=start, end=stop, **self._within(most)))
         except OSError as fault:
             if start is not None and answer(fault)[0] == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # behind the end
                 return b""
@@ -82,12 +101,12 @@ class Store:
 
     def size(self, name: str) -> int:
         """The file's length, bytes."""
-        return int(self.fs.size(self.path(name)))
+        return int(self.fs.size(self.path(name), **self._within()))
 
     def write(self, name: str, content: bytes) -> None:
         """Write the whole file; readers see the old content or the new, never a part."""
         if not self.is_local:
-            self.fs.pipe_file(self.path(name), content)
+            self.fs.pipe_file(self.path(name), content, **self._within(len(content)))
             return
         target = self.path(name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -134,7 +153,7 @@ class Store:
     def _put_new(self, name: str, content: bytes) -> None:
         if not self.is_local:
             with _MEMORY if self.url.startswith("memory:") else nullcontext():
-                self.fs.pipe_file(self.path(name), content, mode="create")
+                self.fs.pipe_file(self.path(name), content, mode="create", **self._within(len(content)))
             return
         # a file opened with O_EXCL would be seen before its content, and stay empty if we died in between
         draft = f"{name}.{uuid4().hex}.part"
@@ -189,7 +208,7 @@ class Store:
             FileNotFoundError: no such file, on storage that says so; not with `missing_ok`.
         """
         try:
-            self.fs.rm_file(self.path(name))
+            self.fs.rm_file(self.path(name), **self._within())
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -254,6 +273,8 @@ def reason(fault: BaseException) -> str:
         return "not found"
     if isinstance(fault, PermissionError):
         return "access denied" + ("" if fault.filename else " (are the keys in the environment right?)")
+    if isinstance(fault, TimeoutError) and not str(fault):
+        return "no answer in time"
     if type(fault).__name__ == "NoCredentialsError":
         return "no keys. Put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into the environment or an .env file"
     return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"

@@ -17,6 +17,7 @@ __all__ = ["LONGEST_PAUSE_S", "Uploads", "passes", "patiently", "pause_s"]
 
 T = TypeVar("T")
 Say = Callable[[str], None]
+_CHANCE = random.Random()  # noqa: S311 - no secret; of its own, since the run's seed has to give the same numbers
 LONGEST_PAUSE_S = 30.0
 """Seconds between two tries at most: storage that is back is noticed so soon."""
 _PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -29,7 +30,7 @@ KEYS = re.compile("Credential|Token|SSO|Login|Refresh|Unauthorized|Forbidden")
 
 def pause_s(tries: int) -> float:
     """Seconds until the next try after so many: 1, 2, 4 ... 30, up to half of it less, so that runs do not march."""
-    return min(2.0 ** min(tries - 1, 5), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+    return min(2.0 ** min(tries - 1, 5), LONGEST_PAUSE_S) * _CHANCE.uniform(0.5, 1.0)
 
 
 class Uploads:

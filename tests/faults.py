@@ -37,6 +37,7 @@ class Faults:
         share_503: share of the requests that are refused with 503 SlowDown, by chance.
         delay_s: seconds before every answer.
         down: every connection is reset.
+        silent: requests are taken and get no answer, not even the word to go on, for as long as it is set.
         deny: S3's error code that refuses every request, such as ExpiredToken or AccessDenied; off is empty.
         truncate: the bodies of the next so many GETs are cut in the middle while Content-Length says more.
         lose_answer: the next so many PUTs and POSTs are passed on, and the connection is cut instead of an answer.
@@ -51,6 +52,7 @@ class Faults:
     share_503: float = 0.0
     delay_s: float = 0.0
     down: bool = False
+    silent: bool = False
     deny: str = ""
     truncate: int = 0
     lose_answer: int = 0
@@ -101,8 +103,20 @@ class _Pass(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60
 
+    def handle_expect_100(self) -> bool:
+        """Let the client send the body."""
+        self._be_silent()
+        return super().handle_expect_100()
+
+    def _be_silent(self) -> None:
+        faults = self.server.faults
+        if faults.only in self.path and faults.gives("silent"):
+            while faults.silent:
+                time.sleep(0.02)
+
     def _pass(self) -> None:
         faults = self.server.faults
+        self._be_silent()
         faults.saw(self.command, self.path)
         harmed = faults.only in self.path
         if harmed and faults.gives("down"):

@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -316,6 +317,54 @@ def test_storage_that_was_down_gets_everything_when_it_is_back(
     assert len(said) == 2 and "the checkpoint of step 120 is written after all" in said[1]
 
 
+def test_a_server_that_takes_requests_and_says_nothing_is_not_waited_for_without_end(
+    store: Store, faults: Faults, uploads: Uploads, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write("old", b"x")
+    monkeypatch.setattr("job.store.ANSWER_S", 1.0)
+    faults.silent = True
+    acts = (lambda: store.read("old"), lambda: store.read("old", 0, 1), store.names, lambda: store.exists("old"))
+    for act in (*acts, lambda: store.create("new", b"x"), lambda: store.remove("old")):
+        with pytest.raises(TimeoutError) as fault:
+            act()
+        assert passes(fault.value)
+    uploads.put("checkpoint", writing(store, "a", b"x"), store)
+    wait_until(lambda: said)
+    assert said[0] == "the checkpoint cannot be written (no answer in time); trying again while training goes on"
+    faults.silent = False
+    uploads.wait(PATIENCE_S)
+    assert store.read("a") == b"x"
+
+
+def test_reads_are_made_again_with_new_keys_too(store: Store, faults: Faults, said: list[str]) -> None:
+    inside = store.child("inside")
+    inside.write("a", b"x")
+    faults.deny, before = "ExpiredToken", inside.fs
+    threading.Timer(0.5, lambda: setattr(faults, "deny", "")).start()
+    assert patiently(lambda: inside.read("a"), "file", PATIENCE_S, said.append, store, pause_s=soon) == b"x"
+    assert store.fs is inside.fs is not before, "a folder and those inside it have the same keys"
+
+
+def test_what_a_job_held_is_gone_with_it(uploads: Uploads) -> None:
+    class Held:
+        """Stands for bytes, which know no weak references."""
+
+    def put() -> weakref.ref[Held]:
+        held, tries = Held(), iter([True, True, False])
+
+        def act() -> Held:
+            if next(tries):
+                raise OSError(errno.EBUSY, "busy")
+            return held
+
+        uploads.put("checkpoint", act)
+        return weakref.ref(held)
+
+    held = put()
+    uploads.wait(PATIENCE_S)
+    wait_until(lambda: held() is None)
+
+
 @pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken", "AccessDenied"])
 def test_keys_that_are_refused_for_a_while_end_nothing(
     store: Store, faults: Faults, uploads: Uploads, said: list[str], code: str
@@ -329,8 +378,14 @@ def test_keys_that_are_refused_for_a_while_end_nothing(
     assert (code == "ExpiredToken") == ("(access denied, the keys have expired)" in said[0])
 
 
+@pytest.mark.parametrize("old", ["an-old-secret", None], ids=["wrong", "none"])
 def test_new_keys_in_the_credentials_file_are_taken_up(
-    flaky: tuple[S3, Faults], uploads: Uploads, said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    flaky: tuple[S3, Faults],
+    uploads: Uploads,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    old: str | None,
 ) -> None:
     def write_keys(secret: str) -> None:
         file = tmp_path / "new"
@@ -340,10 +395,12 @@ def test_new_keys_in_the_credentials_file_are_taken_up(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    write_keys("an-old-secret")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if old:
+        write_keys(old)
     store = store_at(flaky[0])
     uploads.put("checkpoint", writing(store, "a", b"x"), store)
-    wait_until(lambda: flaky[1].requests["PUT"] > 2)
+    wait_until(lambda: flaky[1].requests["PUT"] > 2 if old else said)
     assert said and not uploads.idle and KEY not in said[0] and "an-old-secret" not in said[0]
     write_keys(SECRET)
     uploads.wait(PATIENCE_S)
