@@ -24,6 +24,8 @@ _PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 LASTING = frozenset((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.ENODEV, errno.EBADF, *_PLACE))
 """Faults of storage that time does not mend. Not among them: a full disk or quota (someone may make room), EIO, ESTALE,
 EBUSY, and EINVAL, which S3's driver raises for bodies that were damaged on the way too."""
+OURS = ("builtins", "job", "torch", "safetensors_rust")
+"""Packages whose errors, OSErrors aside, are none of the storage's: mistakes, memory, other ranks that are gone."""
 KEYS = re.compile("Credential|Token|SSO|Login|Refresh|Unauthorized|Forbidden")
 """Names of the faults of those who fetch keys (botocore, google.auth), and gcsfs' words for keys that are refused."""
 
@@ -261,8 +263,8 @@ def passes(fault: BaseException) -> bool:
         return _code(fault) == "NoSuchUpload"  # its answer was lost, or it was cleared away: all parts come again
     if isinstance(fault, OSError):
         return fault.errno not in LASTING
-    home = type(fault).__module__.partition(".")[0]  # drivers have errors of their own: botocore, aiohttp, google ...
-    return isinstance(fault, Exception) and not isinstance(fault, JobError) and home not in ("builtins", "job")
+    home = type(fault).__module__.partition(".")[0]  # drivers' own errors are anybody's: botocore, aiohttp, google
+    return isinstance(fault, Exception) and not isinstance(fault, JobError) and home not in OURS
 
 
 def _about_keys(fault: Exception) -> bool:

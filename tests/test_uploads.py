@@ -213,6 +213,7 @@ PASSING = [
 LASTING = [
     *(OSError(number, "x") for number in (errno.EROFS, errno.EACCES, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)),
     *(FileNotFoundError("x"), FileExistsError("x"), ValueError("x"), MemoryError(), JobError("x"), KeyboardInterrupt()),
+    type("DistNetworkError", (RuntimeError,), {"__module__": "torch.distributed"})("a rank is gone"),
 ]
 
 
