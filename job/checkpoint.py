@@ -8,7 +8,7 @@ replaced: of two that race one wins.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,11 +169,17 @@ class Checkpoints:
             with suppress(FileNotFoundError):
                 Path(folder.root).rmdir()
 
-    def retain(self, keep: int, best: bool) -> None:
+    def retain(self, keep: int, best: bool, unusable: Collection[int] = ()) -> None:
         """Remove all but the `keep` newest complete ones (and the one of the lowest evaluation loss), and what is
-        incomplete and older than the newest."""
+        incomplete and older than the newest.
+
+        Args:
+            unusable: steps whose parts are known not to be what their manifest says.
+        """
         complete: dict[int, Manifest] = {}
         for step in self.steps():
+            if step in unusable:
+                continue
             try:
                 complete[step] = self.manifest(step)
             except Unusable:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from job.config import RunConfig
 from job.data.batches import GlobalBatch, MicroBatch
@@ -48,9 +49,8 @@ def run(
     if progress.first_eval is None and not stop():
         evaluate(progress)
     every = config.evaluation.every_steps
-    for batch in data.train.from_step(progress.step, saver.good.cursor):
-        if batch.step >= plan.steps:
-            break
+    left = max(plan.steps - progress.step, 0)
+    for batch in islice(data.train.from_step(progress.step, saver.good.cursor), left):
         progress.stopped = _enough(progress, config)
         progress.interrupted = stop()
         if progress.stopped or progress.interrupted:
@@ -85,6 +85,7 @@ def run(
     if progress.evaluated_at != progress.step and not progress.interrupted:
         evaluate(progress)
     if progress.skipped > 1 and not progress.interrupted:
+        saver.rescue(progress)
         raise JobError(
             f"loss or gradients of the last {progress.skipped} steps were not finite, and the run ends with them. "
             "Lower train.learning_rate, or look at the rows with `qlora data`"

@@ -2,13 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from job.config import RunConfig
 from job.errors import Interrupted, JobError
 from job.group import lost_peer, on_first_rank
 from job.hardware import out_of_memory
-from job.lease import Lease, NoLease
+from job.lease import Lease, NoLease, prove_conditional_puts
 from job.progress import Progress
 from job.run_folder import STATUS, RunFolder, State
 from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
@@ -31,6 +31,7 @@ class Record:
         self.progress = Progress()
         self.uploads = Uploads(say, self.retry_s)
         self.lease: Lease | NoLease | None = None
+        self.failing = False
         self._one_at_a_time, self._over = threading.Lock(), False
 
     @property
@@ -44,12 +45,12 @@ class Record:
         Raises:
             OutputError: another run holds the folder, or it cannot be written.
         """
-        config = self.run.config
-        self.lease = (
-            Lease.acquire(self.run.store, self.world.job_id, self.say)
-            if config.storage.lease
-            else NoLease(self.run.store)
-        )
+        store = self.run.store
+        if self.run.config.storage.lease:
+            prove_conditional_puts(store)
+            self.lease = Lease.acquire(store, self.world.job_id, self.say)
+        else:
+            self.lease = NoLease(store)
         self.run.begin()
 
     def stop_key(self) -> str | None:
@@ -80,7 +81,7 @@ class Record:
                 f"{self.run.store.url}; the same command goes on from there"
             )
 
-    def write(self, state: State, why: str, retry_s: float = FAILING_S) -> None:
+    def write(self, state: State, why: str, retry_s: float | None = None) -> None:
         """Write the last status; not into a folder that another run has taken over."""
         if not self.world.speaks or (self.lease is not None and self.lease.lost):
             return
@@ -88,7 +89,14 @@ class Record:
             self._over = True
             step = max(self.progress.step, self.run.checkpoint)
             store = self.run.store
+            retry_s = min(self.retry_s, FAILING_S) if retry_s is None else retry_s
             patiently(lambda: self.run.write_status(state, why, step), STATUS, retry_s, self.say, store)
+
+    def last_uploads(self) -> None:
+        """Have what is queued written, if that does not take long; the ranks are no longer waited for."""
+        self.failing = True
+        with suppress(JobError):
+            self.uploads.wait(min(self.retry_s, FAILING_S))
 
     def close(self) -> None:
         """Nothing more is written; the folder is free for another run."""
@@ -121,6 +129,7 @@ def _told(record: Record) -> Iterator[None]:
         known = _in_words(fault, record.progress.step)
         try:
             record.write("failed", str(known or f"{type(fault).__name__}: {fault}"))
+            record.last_uploads()
         except Exception as second:  # such as the full disk that was the fault
             known = JobError(f"{known or fault}. {STATUS} could not be written either: {reason(second)}")
         if known is None or known is fault:

@@ -17,7 +17,7 @@ from job.progress import Progress
 from job.record import Record
 from job.saved import BEST, RANK, RUN, RankState, RunState, parse_adapter, set_random_states
 from job.saving import Point
-from job.sinks import cut_metrics, forget_metrics
+from job.sinks import METRICS, cut_metrics, forget_metrics
 from job.state import Flat, plain
 from job.uploads import patiently
 from job.world import World
@@ -196,13 +196,14 @@ def go_on(record: Record, engine: Engine, plan: Plan, config: RunConfig, rows: s
     checkpoints = Checkpoints(store)
     steps = on_first_rank(world, lambda: patient(checkpoints.steps, "list of checkpoints"))
     found = find(checkpoints, steps, world, say, patient)
+    record.run.checkpoint = found.manifest.step if found else 0
     if found is None:
         if record.run.old is not None:
             say(f"no usable checkpoint in {store.url}: starting from the beginning")
-            on_first_rank(world, lambda: forget_metrics(store))
+            on_first_rank(world, lambda: patient(lambda: forget_metrics(store), METRICS))
         return Start(Point.of(record.progress, {}), [], frozenset(steps))
     restore(found, engine, record.progress, plan, config, rows, world, say)
     kept: list[bytes] = []
-    on_first_rank(world, lambda: kept.extend(cut_metrics(store, found.manifest.step)))
+    on_first_rank(world, lambda: kept.extend(patient(lambda: cut_metrics(store, found.manifest.step), METRICS)))
     stale = frozenset(step for step in steps if step > found.manifest.step)
     return Start(Point.of(record.progress, found.state.cursor), kept, stale)

@@ -16,6 +16,7 @@ from job.checkpoint import FOLDER, Checkpoints, Unusable
 from job.config import RunConfig, changes, parse_config, without_signatures
 from job.errors import InputError, JobError, OutputError
 from job.lease import FOLDER as LEASE
+from job.lease import STOP_KEY
 from job.sinks import latest_step
 from job.store import Store, reason
 
@@ -62,9 +63,9 @@ class RunFolder:
         self.checkpoint = self.restarts = 0
         try:
             self.store = Store(config.output.url, config.storage)
-            settings, status = (self._read(name) for name in (SETTINGS, STATUS))
             self.there = self.store.names(folders=True)
             bucket = None if self.there else self.store.missing_bucket()
+            settings, status = (self._read(name) for name in (SETTINGS, STATUS))
         except Exception as fault:  # every driver has its own errors
             raise OutputError(
                 f"output.url: {config.output.url}: {reason(fault)}. Check the URL, the bucket and storage.endpoint"
@@ -73,12 +74,15 @@ class RunFolder:
             raise OutputError(f"output.url: {config.output.url} cannot be written. Use a folder that is yours")
         if bucket:
             raise OutputError(f"output.url: {config.output.url}: there is no bucket {bucket}. Create it or use another")
+        self._understand(settings, status)
+
+    def _understand(self, settings: bytes | None, status: bytes | None) -> None:
         try:
             self.old = None if settings is None else parse_config(settings.decode(), source=SETTINGS)
             self.status = None if status is None else Status(**json.loads(status))
         except (InputError, ValueError, TypeError) as fault:  # ValueError: no JSON, no UTF-8
             raise OutputError(
-                f"output.url: {config.output.url} holds a run that this version cannot read ({fault}). "
+                f"output.url: {self.config.output.url} holds a run that this version cannot read ({fault}). "
                 "Use another output.url"
             ) from fault
 
@@ -103,8 +107,13 @@ class RunFolder:
                 f"output.url: {self.config.output.url} holds a run with other fixed settings\n  {listed}\n"
                 "  Use another output.url, or set these back to what they were"
             )
-        grown = any(change.key in ("train.epochs", "train.max_steps") for change in differing)
-        return self.status is not None and self.status.state == "finished" and not grown
+        if self.status is None or self.status.state != "finished":
+            return False
+        wanted = self.config.train.max_steps
+        if wanted is not None:
+            early = self.status.reason != ""
+            return wanted <= self.status.step or (early and wanted == self.old.train.max_steps)
+        return not any(change.key in ("train.epochs", "train.max_steps") for change in differing)
 
     @property
     def took_no_step(self) -> bool:
@@ -113,13 +122,22 @@ class RunFolder:
         return ended and FOLDER not in self.there
 
     def begin(self) -> None:
-        """Write run.yaml and the first status.
+        """Write run.yaml and the first status, of a folder that is ours now: what it holds is looked at once more.
 
         Raises:
-            OutputError: the URL cannot be written.
+            OutputError: the URL cannot be written, or holds another run by now.
             JobError: the run was lost too often without a new checkpoint.
         """
-        newest, restarts = self._newest(), 0
+        try:
+            self._understand(*(self._read(name) for name in (SETTINGS, STATUS)))
+            self.there = self.store.names(folders=True)
+            newest, restarts = self._newest(), 0
+        except Exception as fault:  # every driver has its own errors
+            if isinstance(fault, JobError):
+                raise
+            raise OutputError(f"output.url: {self.config.output.url} cannot be read: {reason(fault)}") from fault
+        if self.old is not None:
+            self.already_finished()
         if self.status and self.status.state == "running" and newest <= self.status.checkpoint:
             restarts = self.status.restarts + 1
         self.checkpoint, self.restarts = newest, restarts
@@ -172,7 +190,7 @@ class RunFolder:
             self.write_status("failed", why, latest_step(self.store))
 
     def _refuse_foreign_files(self) -> None:
-        foreign = [name for name in self.there if not name.startswith(".") and name != LEASE]
+        foreign = [name for name in self.there if not name.startswith(".") and name not in (LEASE, STOP_KEY)]
         if foreign:
             raise OutputError(
                 f"output.url: {self.config.output.url} holds files that are no run ({', '.join(foreign[:5])}). "

@@ -66,8 +66,9 @@ class Saver:
         self.engine, self.plan, self.config, self.rows = engine, plan, config, rows
         self.record, self.world, self.uploads, self.lease = record, record.world, record.uploads, record.lease
         self.checkpoints, self.flush = Checkpoints(record.run.store), flush
-        self.stale, self.notes = stale, PostBox(self.world)
-        self.good, self.saved, self.wanted = start, start.step, False
+        self.stale, self.notes = set(stale), PostBox(self.world)
+        self.good = self.last = start
+        self.saved, self.wanted = start.step, False
         self.taken_at = time.monotonic()
         self.stalled_s: list[float] = []
 
@@ -77,14 +78,16 @@ class Saver:
         Raises:
             JobError: another run took the output folder over.
         """
-        if not progress.skipped:
-            self.good = Point.of(progress, batch.cursor)
+        self.last = Point.of(progress, batch.cursor)
+        whole = not (progress.skipped or progress.left_out)
+        if whole:
+            self.good = self.last
         lost = self.lease is not None and self.lease.lost is not None
         clock, busy, lost = any_of(self.world, self._by_the_clock(), not self.uploads.idle, lost)
         if lost:
             raise JobError((self.lease and self.lease.lost) or "another run has taken output.url over")
         self.wanted = self.wanted or clock or self._due(progress, batch)
-        if self.wanted and not busy and not progress.skipped:
+        if self.wanted and not busy and whole:
             self._take(self.good, progress.adapter)
 
     def rescue(self, progress: Progress) -> None:
@@ -98,7 +101,7 @@ class Saver:
             JobError: it could not be written for storage.retry_minutes.
         """
         if progress.step:
-            self._settle(self.good, progress.adapter)
+            self._settle(self.last, progress.adapter)
 
     def _settle(self, point: Point, adapter: Mapping[str, Any]) -> None:
         self._wait()
@@ -122,11 +125,11 @@ class Saver:
         return self.world.rank == 0 and every is not None and time.monotonic() - self.taken_at > 60 * every
 
     def _due(self, progress: Progress, batch: GlobalBatch) -> bool:
-        wanted = self.config.checkpoint
-        by_steps = wanted.every_steps is not None and progress.step % wanted.every_steps == 0
-        by_epoch = wanted.every_epoch and float(batch.epoch).is_integer()
+        checkpoint = self.config.checkpoint
+        by_steps = checkpoint.every_steps is not None and progress.step % checkpoint.every_steps == 0
+        by_epoch = checkpoint.every_epoch and float(batch.epoch).is_integer()
         judged_here = progress.evaluated_at == progress.step and progress.last_eval == progress.best_eval
-        return by_steps or by_epoch or (wanted.keep_best and judged_here)
+        return by_steps or by_epoch or (checkpoint.keep_best and judged_here)
 
     def _take(self, point: Point, adapter: Mapping[str, Any]) -> None:
         """Copy what trains, and queue its writing."""
@@ -169,7 +172,7 @@ class Saver:
     def _publish(self, point: Point) -> None:
         """Wait for the parts of all ranks, then make the checkpoint complete."""
         while (notes := self.notes.collect(self._about(point.step))) is None:
-            if self.uploads.closed:
+            if self.uploads.closed or self.record.failing:
                 return
             time.sleep(0.02)
         if failed := [note[1:] for note in notes if note.startswith("!")]:
@@ -180,5 +183,6 @@ class Saver:
         manifest = Manifest(point.step, fixed_hash(self.config), point.eval_loss, parts)
         if not self.checkpoints.publish(manifest, point.step in self.stale):
             raise JobError(f"another run wrote the checkpoint of step {point.step}. Use another output.url")
+        self.stale.discard(point.step)
         self.record.checkpointed(point.step)
-        self.checkpoints.retain(self.config.checkpoint.keep, self.config.checkpoint.keep_best)
+        self.checkpoints.retain(self.config.checkpoint.keep, self.config.checkpoint.keep_best, self.stale)

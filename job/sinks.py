@@ -1,6 +1,5 @@
 """Who hears about the progress: the console and metrics.jsonl. A new sink is one class with these three methods."""
 
-import errno
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from rich.progress import (
 )
 
 from job.store import Store
+from job.uploads import passes
 
 Metrics = Mapping[str, float]
 Put = Callable[[str, Callable[[], object], Store], None]
@@ -179,6 +179,9 @@ class JsonlSink:
 
     def close(self) -> None:
         self.flush()
+        if self.store.is_local and self.waiting:  # the disk is full
+            content = b"".join(self.waiting)
+            self.put("rows of metrics", lambda: self.store.append(METRICS, content), self.store)
         if not self.store.is_local and self.lines:
             self.put("rows of metrics", self._join, self.store)
 
@@ -186,9 +189,9 @@ class JsonlSink:
         try:
             self.store.append(METRICS, b"".join(self.waiting))
         except OSError as fault:
-            if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not passes(fault):
                 raise
-            return  # the disk or the quota is full: the rows wait for room
+            return  # a full disk, a file server that is away: the rows wait
         self.waiting = []
 
     def _join(self) -> None:

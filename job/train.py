@@ -63,7 +63,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
 
     Raises:
         InputError: settings, data, model or output URL are wrong; nothing was written.
-        Interrupted: a signal asked to stop; the adapter of that step was written.
+        Interrupted: something asked to stop; a checkpoint and the adapter of that step were written.
         JobError: the training failed; status.json says why.
     """
     ends_at = limits(config, os.environ, time.time())
@@ -92,11 +92,11 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     for line in (*plan.notes, *unknown, *data.report(), said):
         say(line)
 
-    seed_random(config.train.seed, world.rank)
     record = Record(run, world, say)
     grace_s, file = config.train.stop_grace_s, config.train.stop_file
     stop = StopRequest(grace_s, file, ends_at, record.stop_key, world.speaks)
     with stop, recorded(record):
+        seed_random(config.train.seed, world.rank)
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
         dtype = DTYPE[plan.precision]
         model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)
@@ -126,6 +126,8 @@ def _leave(config: RunConfig, record: Record, model: object, tokenizer: Tokenize
     trained = record.progress.step > 0
     target = record.run.store.child("adapter")
     tensors, revision = record.progress.adapter, config.model.revision
+    if record.lease is not None:
+        record.lease.check()
     write = partial(adapter.write, model, tensors, tokenizer, target, trained, revision)
     patiently(write, "adapter", record.retry_s, record.say, target)
     record.uploads.wait(inf)

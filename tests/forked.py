@@ -102,6 +102,8 @@ def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | 
 
     if "COUNT_READ_BYTES" in variables:
         _count_read_bytes(variables["COUNT_READ_BYTES"])
+    if "NAN_AT_STEPS" in variables:
+        _lose(set(map(int, variables["NAN_AT_STEPS"].split(","))))
     if "DIE_AFTER_STEP" in variables:
         _die_after(int(variables["DIE_AFTER_STEP"]))
     main()
@@ -124,7 +126,7 @@ def _count_read_bytes(path: str) -> None:
 
 
 def _die_after(step: int) -> None:
-    """Have this process killed after a step, once what it uploads is written: where a checkpoint is due, it is there."""
+    """Have this process killed after a step, once what it uploads is written: a checkpoint that is due is there."""
     from job.saving import Saver
 
     after_step = Saver.after_step
@@ -138,3 +140,20 @@ def _die_after(step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Saver.after_step = last  # type: ignore[method-assign]
+
+
+def _lose(steps: set[int]) -> None:
+    """Have the losses of these steps come out as NaN, as a row at times does to a model."""
+    from job.engine import Engine
+
+    train_step, loss_sum, now = Engine.train_step, Engine._loss_sum, [0]
+
+    def counted(self: Engine, batch: Any, *arguments: Any) -> Any:
+        now[0] = batch.step + 1
+        try:
+            return train_step(self, batch, *arguments)
+        finally:
+            now[0] = 0
+
+    Engine.train_step = counted  # type: ignore[method-assign]
+    Engine._loss_sum = lambda self, one: loss_sum(self, one) * (float("nan") if now[0] in steps else 1.0)  # type: ignore[method-assign]

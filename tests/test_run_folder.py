@@ -132,7 +132,16 @@ OTHERS = {"lora": {"rank": 8}}
 REFUSED = "holds a run with other fixed settings\n  lora.rank: 4 there, 8 here\n  Use another output.url, or set these"
 
 
-@pytest.mark.parametrize("length", [{"max_steps": 9}, {"epochs": 5.0}, {"max_steps": None}, {"max_steps": 2}], ids=str)
+@pytest.mark.parametrize("length", [{"epochs": 5.0}, {"max_steps": 2}], ids=str)
+def test_a_finished_run_that_has_taken_enough_steps_stays_finished(
+    place: dict[str, Any], length: dict[str, Any]
+) -> None:
+    finished(config(**place))
+    assert RunFolder(config(**place, train=length)).already_finished()
+    assert REFUSED in refusal(config(**place, train=length, **OTHERS))
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 9}, {"max_steps": None}], ids=str)
 def test_a_finished_run_whose_length_changed_goes_on(place: dict[str, Any], length: dict[str, Any]) -> None:
     finished(config(**place))
     assert RunFolder(config(**place)).already_finished()

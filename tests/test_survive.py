@@ -1,0 +1,191 @@
+"""What a run bears: storage that fails, steps that are not finite, a second run, a disk that is full."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+from job.config import parse_config
+from job.engine import Engine
+from job.group import connect
+from job.train import train
+from job.world import World
+from tests.checkpoints import newest, run_state, whole
+from tests.conftest import losses, metrics
+from tests.faults import proxied
+from tests.forked import Command, run
+from tests.ranks import run_ranks
+from tests.s3 import BUCKET, S3
+
+RunFile = Callable[..., Path]
+ENDLESS = "train.max_steps=100000"
+
+
+def status(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "status.json").read_text()))
+
+
+def s3_rows(s3: S3, place: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in s3.fs().cat_file(f"{place}/metrics.jsonl").splitlines()]
+
+
+def test_on_s3_a_killed_run_goes_on_and_all_rows_of_metrics_are_there(
+    run_file: RunFile, tmp_path: Path, s3: S3
+) -> None:
+    steps = {"train": {"max_steps": 8}, "checkpoint": {"every_steps": 3}}
+    assert run("train", run_file("whole", **steps)).code == 0
+    place = f"{BUCKET}/killed"
+    config = run_file("killed", storage=s3.storage, output={"url": f"s3://{place}"}, **steps)
+    (done,) = run_ranks(1, "train", config, env={"DIE_AFTER_STEP": "7", **s3.env})
+    assert done.code == -signal.SIGKILL
+    done = run("train", config)
+    assert done.code == 0 and "going on after step 6" in done.err, done.err
+    rows = s3_rows(s3, place)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["loss"] for row in rows] == losses(tmp_path / "out/whole")
+    assert not [name for name in s3.fs().find(f"{place}/metrics-parts") if name.endswith(".jsonl")]
+
+
+def test_storage_that_is_down_for_a_while_costs_no_step_and_no_checkpoint(
+    run_file: RunFile, tmp_path: Path, s3: S3
+) -> None:
+    steps = {"train": {"max_steps": 40}, "checkpoint": {"every_steps": 4}}
+    assert run("train", run_file("whole", **steps)).code == 0
+    with proxied(s3) as (through, faults):
+        place = f"{BUCKET}/outage"
+        config = run_file("outage", storage=through.storage, output={"url": f"s3://{place}"}, **steps)
+        with Command("train", config) as command:
+            command.wait_for("step 6/")
+            faults.down = True
+            command.wait_for("trying again while training goes on")
+            command.wait_for("step 12/")
+            time.sleep(1)
+            faults.down = False
+            done = command.wait()
+    assert done.code == 0, done.err
+    assert [row["loss"] for row in s3_rows(s3, place)] == losses(tmp_path / "out/whole")
+    assert s3.fs().exists(f"{place}/checkpoints/step-00000040/manifest.json")
+    assert json.loads(s3.fs().cat_file(f"{place}/status.json"))["state"] == "finished"
+
+
+def test_storage_that_stays_down_fails_the_run_with_what_could_not_be_written(run_file: RunFile, s3: S3) -> None:
+    with proxied(s3) as (through, faults):
+        url = {"url": f"s3://{BUCKET}/down"}
+        storage = {**through.storage, "retry_minutes": 0.05}
+        config = run_file("down", storage=storage, output=url, checkpoint={"every_steps": 2})
+        with Command("train", config, "train.max_steps=30") as command:
+            command.wait_for("step 6/")
+            faults.down = True
+            done = command.wait()
+    assert done.code == 1 and "Traceback" not in done.err
+    assert "the checkpoint of step" in done.err and "JobError: " in done.err
+
+
+def test_a_second_run_on_one_output_url_is_refused_while_the_first_lives(run_file: RunFile, tmp_path: Path) -> None:
+    config = run_file()
+    with Command("train", config, ENDLESS) as first:
+        first.wait_for("step 2/")
+        second = run("train", config, ENDLESS)
+        assert second.code == 2 and "Traceback" not in second.err
+        assert f"host {__import__('socket').gethostname()}, pid {first.process.pid}" in second.err
+        before = len(losses(tmp_path / "out/run"))
+        first.send(signal.SIGTERM)
+        assert first.wait().code == 75
+    assert len(losses(tmp_path / "out/run")) >= before
+    assert run("train", config, "train.max_steps=100000", f"train.stop_file={config}").code == 75, "it is free now"
+
+
+def test_a_file_named_stop_in_the_output_folder_stops_the_run(run_file: RunFile, tmp_path: Path) -> None:
+    out = tmp_path / "out/run"
+    with Command("train", run_file(), ENDLESS) as command:
+        command.wait_for("step 2/")
+        (out / "stop").touch()
+        done = command.wait()
+    assert done.code == 75 and "a stop key after step" in done.err
+    assert (status(out)["state"], status(out)["reason"]) == ("interrupted", "a stop key")
+    assert newest(out) == status(out)["step"] == status(out)["checkpoint"] == len(losses(out))
+
+
+def test_a_time_limit_ends_the_run_ahead_of_it_on_all_ranks(run_file: RunFile, tmp_path: Path) -> None:
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 45)}
+    ranks = run_ranks(2, "train", run_file(train={"micro_batch_size": 1}), ENDLESS, "train.stop_grace_s=25", env=end)
+    assert {one.code for one in ranks} == {75}, ranks[0].err
+    out = tmp_path / "out/run"
+    assert status(out)["reason"] == "the time limit" and newest(out) == len(losses(out)) > 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"), [("replicate", "fp32"), ("zero2", "fp32"), ("zero3", "fp32"), ("replicate", "bf16")]
+)
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    run_file: RunFile, tmp_path: Path, strategy: str, precision: str
+) -> None:
+    steps = {"max_steps": 6, "micro_batch_size": 1, "precision": precision}
+    path = run_file(train=steps, parallel={"strategy": strategy}, checkpoint={"every_steps": 1, "keep": 9})
+    ranks = run_ranks(2, "train", path, env={"NAN_AT_STEPS": "3"})
+    assert [one.code for one in ranks] == [0, 0], ranks[0].err
+    out = tmp_path / "out/run"
+    rows = metrics(out)
+    assert [row.get("left_out", 0) for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert rows[2]["loss"] is None and all(row["loss"] for row in rows if row is not rows[2])
+    assert run_state(out).counters["skipped_in_all"] == 1
+    assert all(tensor.isfinite().all() for tensor in whole(out).values())
+
+
+def test_many_steps_that_are_not_finite_end_the_run_with_a_checkpoint_from_before_them(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    path = run_file(train={"max_steps": 20, "max_skipped_steps": 3}, checkpoint={"every_steps": 2})
+    (done,) = run_ranks(1, "train", path, env={"NAN_AT_STEPS": "6,7,8,9"})
+    out = tmp_path / "out/run"
+    assert done.code == 1 and "of 3 steps in a row were not finite, the last of them step 8" in done.err
+    assert status(out)["state"] == "failed" and newest(out) == 5 == run_state(out).counters["step"]
+    (again,) = run_ranks(1, "train", path)
+    assert again.code == 0 and "going on after step 5" in again.err, "the fault was somewhere else, and is gone"
+    assert [row["step"] for row in metrics(out)] == list(range(1, 21))
+    assert run_state(out).counters["skipped_in_all"] == 0
+
+
+def test_fp16_s_loss_scaling_goes_on_where_it_was() -> None:
+    connect(World(), "cpu")  # the scaler asks for its rank
+
+    def engine(scaler: Any) -> Engine:
+        inner = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+        return cast(Engine, SimpleNamespace(inner=inner))
+
+    def fresh() -> DynamicLossScaler:
+        return DynamicLossScaler(2.0**16, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+
+    whole, first = fresh(), fresh()
+    fate = [False, True, False, True, True, False, False, True, False, False, False]
+    for overflow in fate:
+        whole.update_scale(overflow)
+    for overflow in fate[:7]:
+        first.update_scale(overflow)
+    values = json.loads(json.dumps(Engine.scaler(engine(first))))
+    resumed = fresh()
+    Engine.restore_scaler(engine(resumed), values)
+    for overflow in fate[7:]:
+        resumed.update_scale(overflow)
+    assert vars(resumed) == vars(whole) and whole.cur_scale != fresh().cur_scale
+    for name in values:
+        with pytest.raises(KeyError, match=name):
+            Engine.restore_scaler(engine(fresh()), {other: value for other, value in values.items() if other != name})
+    assert Engine.scaler(engine(LossScaler(1.0))) == {}
+
+
+def test_in_memory_storage_serves_a_run_of_this_process(run_file: RunFile) -> None:
+    config = parse_config(run_file(output={"url": "memory://survive/run"}).read_text())
+    said: list[str] = []
+    assert train(config, World(), said.append).state == "finished"
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 5})})
+    assert train(longer, World(), said.append).step == 5
+    assert any("going on after step 3" in line for line in said)
+    assert threading.active_count() < 20, "no threads are left behind"
