@@ -70,7 +70,6 @@ class Saver:
         self.good = self.last = start
         self.saved, self.wanted = start.step, False
         self.taken_at = time.monotonic()
-        self.stalled_s: list[float] = []
 
     def after_step(self, progress: Progress, batch: GlobalBatch) -> None:
         """Take a checkpoint if one is due and the last one is written; every rank calls after every step.
@@ -133,7 +132,6 @@ class Saver:
 
     def _take(self, point: Point, adapter: Mapping[str, Any]) -> None:
         """Copy what trains, and queue its writing."""
-        begun = time.perf_counter()
         mine = RankState(self.engine.trained.read(), random_states(self.plan.device))
         content: dict[str, Callable[[], bytes]] = {f"{RANK}{self.world.rank:05d}.safetensors": mine.content}
         if self.world.rank == 0:
@@ -146,7 +144,6 @@ class Saver:
         if self.world.rank == 0:
             self.uploads.put(what, lambda: self._publish(point), self.checkpoints.store)
         self.saved, self.wanted, self.taken_at = point.step, False, time.monotonic()
-        self.stalled_s.append(time.perf_counter() - begun)
 
     def _run_state(self, point: Point) -> RunState:
         plan = self.plan
