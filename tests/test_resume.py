@@ -271,6 +271,31 @@ def test_the_newest_checkpoints_are_kept_and_the_best_one(run_file: RunFile, tmp
     assert best in kept and best < 5, f"a rate of 0.5 spoils what was learnt: {judged}"
 
 
+def taken(out: Path) -> list[int]:
+    """Steps whose checkpoints are there."""
+    return sorted(int(folder.name[5:]) for folder in (out / "checkpoints").iterdir())
+
+
+def test_checkpoints_are_taken_after_each_epoch(run_file: RunFile, tmp_path: Path) -> None:
+    epochs = {"train": {"max_steps": None, "epochs": 3.0}, "checkpoint": {"every_epoch": True, "keep": 9}}
+    path = config(run_file, "run", **epochs)
+    write_rows(path.parent / "rows.jsonl", alpaca_rows(30))
+    finished(1, path)
+    ends = [row["step"] for row in metrics(tmp_path / "out/run") if row["epoch"].is_integer()]
+    found = taken(tmp_path / "out/run")
+    assert len(ends) == len(found) == 3
+    assert all(end <= step <= end + 3 for end, step in zip(ends, found, strict=True)), "later while one is written"
+
+
+def test_checkpoints_are_taken_by_the_clock_of_the_first_rank(run_file: RunFile, tmp_path: Path) -> None:
+    at_once = {"checkpoint": {"every_minutes": 1e-6, "keep": 99}, "train": {"max_steps": 30}}
+    finished(2, config(run_file, "run", **at_once))
+    often = taken(tmp_path / "out/run")
+    assert len(often) > 2 and often[-1] == 30, "as soon as the last one was written"
+    finished(2, config(run_file, "seldom", **{**at_once, "checkpoint": {"every_minutes": 60.0}}))
+    assert taken(tmp_path / "out/seldom") == [30], "the end"
+
+
 def test_a_run_that_is_lost_again_and_again_without_progress_fails(run_file: RunFile, tmp_path: Path) -> None:
     path, out = config(run_file, "run", checkpoint={"every_steps": 3, "max_restarts": 2}), tmp_path / "out/run"
     for _ in range(3):

@@ -93,8 +93,8 @@ class Storage(Section):
     """Have a second run on the same output.url refused; needs storage that honours conditional puts. Off (false) is
     for storage without them: two runs there would overwrite each other unnoticed. Free."""
     retry_minutes: Free[float] = Field(default=10.0, ge=0)
-    """Minutes for which a write is tried again when the storage fails and the run waits for it; off (0) fails at
-    once. Free."""
+    """Minutes for which failing storage is tried again while the run waits for it: for streamed rows, for a checkpoint
+    to go on from, for its last writes; off (0) fails at once. Free."""
 
     @field_validator("cache_dir")
     @classmethod
