@@ -1,12 +1,13 @@
 # make demo: fine-tune a real model here, now.   make test: all tests of one machine.   make check: lint and tests.
 # make test-cluster: runs over several hosts, as root.   .ci/run: the whole gate.
+# make chaos: runs that are killed, damaged files, racing writers, storage that refuses; a quarter of an hour.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c requirements.lock
 MODEL := models/SmolLM2-135M-Instruct
 DEMO := configs/smollm2-135m-demo.yaml
 
-.PHONY: demo test test-cluster check format install lock clean
+.PHONY: demo test test-cluster chaos check format install lock clean
 
 demo: $(VENV)/.demo $(MODEL)
 	$(VENV)/bin/qlora train $(DEMO)
@@ -25,6 +26,10 @@ check: $(VENV)/.dev $(MODEL)
 # each test here has both cores busy: one after the other
 test-cluster: $(VENV)/.dev
 	QLORA_TEST_CLUSTER=1 $(VENV)/bin/python -m pytest -n0 tests/cluster
+
+# from the root, so that it finds the tests' S3 server, proxy and model
+chaos: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.chaos
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format
