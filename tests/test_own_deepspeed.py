@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY, losses
 from tests.forked import run
 from tests.ranks import run_ranks
 from tests.test_config import LEAST
-from tests.test_zero import file_operator  # noqa: F401 - a fixture
+from tests.test_offload import file_operator  # noqa: F401 - a fixture
 
 RunFile = Callable[..., Path]
 Json = dict[str, Any]

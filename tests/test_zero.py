@@ -1,12 +1,7 @@
 """The strategies' settings, and offloading: the same losses from host memory and from files."""
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +11,6 @@ from job.plan import Plan, make_plan
 from job.swap import folder_fault, lock_fault
 from job.world import Hardware, World
 from job.zero import layer_of, swap_buffers
-from tests.conftest import REPOSITORY, losses, make_llama, make_tokenizer
 from tests.ranks import run_ranks
 from tests.test_config import LEAST
 
@@ -194,114 +188,3 @@ def test_a_machine_without_libaio_is_told_what_to_install_before_anything_is_loa
         "and ninja (Debian: apt-get install libaio-dev g++), or offload to cpu (Unable to JIT load the async_io op"
     ) in done.err
     assert not (tmp_path / "out/run/status.json").exists()
-
-
-Run = Callable[..., list[float]]
-
-
-@pytest.fixture
-def run(run_file: RunFile) -> Run:
-    """Losses of some steps on so many ranks on nodes of so many."""
-
-    def train(ranks: int, per_node: int = 0, model: Path | None = None, rank: int = 4, **parallel: Any) -> list[float]:
-        name = "-".join([str(ranks), *map(str, parallel.values())]).replace("/", "_")
-        config = run_file(
-            name,
-            train={"max_steps": 5, "micro_batch_size": 1, "learning_rate": 1e-3},
-            lora={"rank": rank},
-            parallel=parallel,
-            **({"model": {"name": str(model)}} if model else {}),
-        )
-        done = run_ranks(ranks, "train", config, per_node=per_node)
-        assert [one.code for one in done] == [0] * ranks, "\n".join(one.err for one in done)
-        return losses(config.parent / "out" / name)
-
-    return train
-
-
-@pytest.fixture(scope="module")
-def known() -> dict[Any, list[float]]:
-    """Losses of one process without offload, by model and rank of the adapter."""
-    return {}
-
-
-@pytest.mark.parametrize(
-    ("strategy", "optimizer", "parameters"),
-    [
-        ("replicate", "cpu", "none"),
-        ("zero2", "cpu", "none"),
-        ("zero3", "cpu", "none"),
-        ("zero3", "none", "cpu"),
-        ("zero3", "cpu", "cpu"),
-        ("hpz", "cpu", "none"),
-        ("hpz", "none", "cpu"),
-        ("hpz", "cpu", "cpu"),
-    ],
-)
-def test_offloading_to_host_memory_changes_no_loss(
-    run: Run, known: dict[Any, list[float]], strategy: str, optimizer: str, parameters: str
-) -> None:
-    expected = known.setdefault("tiny", []) or run(1)
-    known["tiny"] = expected
-    places = {"offload_optimizer": optimizer, "offload_parameters": parameters}
-    whole = {"persistence": 0} if strategy in ("zero3", "hpz") else {}
-    ranks, per_node = (4, 2) if strategy == "hpz" else (2, 2)
-    assert run(ranks, per_node, strategy=strategy, **places, **whole) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def file_operator() -> None:
-    """DeepSpeed's operator, compiled once on this machine, which takes minutes; the gate has what it takes."""
-    there = Path("/usr/include/libaio.h").exists() and shutil.which("g++")
-    if not there and os.environ.get("QLORA_TEST_NVME") != "1":
-        pytest.skip("needs libaio-dev and g++ (Debian: apt-get install libaio-dev g++)")
-    load = "import sys; from job.swap import operator_fault; sys.exit(operator_fault())"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, "-c", load], check=True, timeout=590, env=environment, cwd=REPOSITORY)
-
-
-@pytest.fixture(scope="module")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose quantized linears are large enough for files, which begin at a megabyte a rank."""
-    folder = tmp_path_factory.mktemp("wide-model")
-    shape = {"hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 8}
-    make_llama(folder, **shape, num_key_value_heads=8)
-    make_tokenizer(folder)
-    return folder
-
-
-def swap_files(folder: Path, kind: str) -> list[Path]:
-    """Files of at least a megabyte that DeepSpeed left under this kind's folders."""
-    return [path for path in folder.rglob("*.swp") if kind in str(path) and path.stat().st_size >= 1 << 20]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "optimizer", "parameters"),
-    [
-        ("zero3", "none", "nvme"),
-        ("zero3", "nvme", "none"),
-        ("zero3", "nvme", "nvme"),
-        ("zero3", "nvme", "cpu"),
-        ("hpz", "nvme", "none"),
-    ],
-)
-def test_offloading_to_files_writes_them_and_changes_no_loss(
-    run: Run,
-    known: dict[Any, list[float]],
-    wide_model: Path,
-    file_operator: None,
-    tmp_path: Path,
-    strategy: str,
-    optimizer: str,
-    parameters: str,
-) -> None:
-    rank = 64
-    known["wide"] = known.get("wide") or run(1, model=wide_model, rank=rank)
-    places = {"offload_optimizer": optimizer, "offload_parameters": parameters, "nvme_path": str(tmp_path / "nvme")}
-    ranks, per_node = (4, 2) if strategy == "hpz" else (2, 2)
-    found = run(ranks, per_node, wide_model, rank, strategy=strategy, persistence=0, **places)
-    assert found == pytest.approx(known["wide"], rel=1e-5)
-    # gate, up and down of four layers, and the parts of adapters that passed through
-    assert len(swap_files(tmp_path / "nvme", "float32params")) >= (12 * ranks if parameters == "nvme" else 0)
-    assert (tmp_path / "nvme/zero_stage_3/float32params").exists() == (parameters == "nvme")
-    assert bool(swap_files(tmp_path / "nvme", "optimizer")) == (optimizer == "nvme")
