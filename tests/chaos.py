@@ -118,8 +118,7 @@ class Killer:
             newest = place.newest()
             assert newest >= known, f"step {known} was complete at the kill, {newest} is the newest after it"
             self.tally.repeated += max(reached - newest, 0)
-            finished = place.finished()
-            word = FINISHED if finished else self._word(place, newest)
+            word = FINISHED if place.finished() else self._word(place, newest)
             seen = len(self.faults.log)
             with started(path, env) as commands:
                 due = self._due(newest, seen) if len(self.tally.kills) < last else lambda: False
@@ -128,7 +127,7 @@ class Killer:
                     said = ended(commands)
                     assert not word or word in said, f"expected {word!r}: {said}"
                     self.tally.runs += 1
-                    place.check_tidy(lease=finished)
+                    place.check_tidy(late=newest == STEPS)
                     return
                 known, reached = self._kill(place, commands, seen, resumed)
                 self._leave(commands)
