@@ -112,16 +112,21 @@ class Checkpoints:
         self.folder(step).write(part.name, content)
         return part
 
-    def publish(self, manifest: Manifest, replace: bool = False) -> bool:
+    def publish(self, manifest: Manifest, replace: bool = False, conditional: bool = True) -> bool:
         """Make a checkpoint complete; False when another writer's is there already. What a dead writer left goes.
 
         Args:
             replace: what is there was found unusable.
+            conditional: have the storage decide between writers that race; not on storage that cannot.
         """
         folder, content = self.folder(manifest.step), manifest.content()
         if replace:
             folder.remove(MANIFEST, missing_ok=True)
-        if not folder.create(MANIFEST, content) and folder.read(MANIFEST) != content:
+        if conditional:
+            made = folder.create(MANIFEST, content)
+        elif made := not folder.exists(MANIFEST):
+            folder.write(MANIFEST, content)
+        if not made and folder.read(MANIFEST) != content:
             return False
         listed = {part.name for part in manifest.parts} | {MANIFEST}
         for name in folder.names():

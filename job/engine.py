@@ -15,12 +15,10 @@ from job.config.learning import Train
 from job.data.batches import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
 from job.plan import Plan
+from job.saved import SCALER
 from job.sharding import gathered
 from job.state import Trained
 from job.world import World
-
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's dynamic loss scaler remembers."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class NoLease:
         self.asked_to_stop = False
         self._store, self._every_s = store, ttl_s / 4
         self._ended = threading.Event()
-        store.remove(STOP_KEY, missing_ok=True)
+        if store.exists(STOP_KEY):
+            store.remove(STOP_KEY, missing_ok=True)
         self._thread = threading.Thread(target=self._watch, name="lease", daemon=True)
         self._thread.start()
 

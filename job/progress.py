@@ -33,6 +33,11 @@ class Progress:
     stopped: str | None = None
     interrupted: str | None = None
 
+    @property
+    def at_its_best(self) -> bool:
+        """Whether this very step has the lowest evaluation loss so far."""
+        return self.evaluated_at == self.step > 0 and self.last_eval == self.best_eval
+
     def counters(self) -> dict[str, Any]:
         """The numbers, as JSON has them."""
         values = {name: getattr(self, name) for name in COUNTERS}

@@ -48,9 +48,12 @@ class Record:
         store = self.run.store
         if self.run.config.storage.lease:
             prove_conditional_puts(store)
-            self.lease = Lease.acquire(store, self.world.job_id, self.say)
-        else:
-            self.lease = NoLease(store)
+
+        def take() -> Lease | NoLease:
+            held = self.run.config.storage.lease
+            return Lease.acquire(store, self.world.job_id, self.say) if held else NoLease(store)
+
+        self.lease = patiently(take, "lease", min(self.retry_s, FAILING_S), self.say, store)
         self.run.begin()
 
     def stop_key(self) -> str | None:
@@ -168,6 +171,7 @@ class Metered:
     """
 
     def __init__(self, config: RunConfig, run: RunFolder, record: Record, kept: Sequence[bytes]):
+        self.record = record
         self.sinks: list[Sink] = []
         self.jsonl: JsonlSink | None = None
         if record.world.speaks and "console" in config.tracking.sinks:
@@ -177,8 +181,11 @@ class Metered:
             self.sinks.append(self.jsonl)
 
     def __call__(self, row: Metrics) -> None:
-        """Tell all sinks."""
+        """Tell all sinks; the file is another run's once that took the folder over."""
+        lost = self.record.lease is not None and self.record.lease.lost
         for sink in self.sinks:
+            if lost and sink is self.jsonl:
+                continue
             sink.row(row)
 
     def flush(self) -> None:

@@ -44,6 +44,10 @@ def _writable(folder: Path) -> bool:
     return not there.is_dir() or os.access(there, os.W_OK | os.X_OK)  # what a file there means is said later
 
 
+_DRAFT = re.compile(r"(run\.yaml|status\.json|metrics\.jsonl)\.\d+\.part")
+"""A file that its writer was killed over."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes all text that begins like a number: run files know more numbers than YAML 1.1, such as 2e-4."""
 
@@ -79,12 +83,16 @@ class RunFolder:
     def _understand(self, settings: bytes | None, status: bytes | None) -> None:
         try:
             self.old = None if settings is None else parse_config(settings.decode(), source=SETTINGS)
-            self.status = None if status is None else Status(**json.loads(status))
         except (InputError, ValueError, TypeError) as fault:  # ValueError: no JSON, no UTF-8
             raise OutputError(
                 f"output.url: {self.config.output.url} holds a run that this version cannot read ({fault}). "
                 "Use another output.url"
             ) from fault
+
+        try:
+            self.status = None if status is None else Status(**json.loads(status))
+        except (ValueError, TypeError):  # damaged: the checkpoints know how far it came
+            self.status = None
 
     def already_finished(self) -> bool:
         """Whether this very run is done; False when the folder is new, or holds a run that is not done, or one that
@@ -109,11 +117,13 @@ class RunFolder:
             )
         if self.status is None or self.status.state != "finished":
             return False
+        changed = {change.key for change in differing}
         wanted = self.config.train.max_steps
-        if wanted is not None:
-            early = self.status.reason != ""
-            return wanted <= self.status.step or (early and wanted == self.old.train.max_steps)
-        return not any(change.key in ("train.epochs", "train.max_steps") for change in differing)
+        if self.status.reason and "evaluation.patience" in changed:
+            return False  # it ended early
+        if wanted is None:
+            return not {"train.epochs", "train.max_steps"} & changed
+        return "train.max_steps" not in changed or wanted <= self.status.step
 
     @property
     def took_no_step(self) -> bool:
@@ -148,7 +158,11 @@ class RunFolder:
             self.write_status("failed", why, newest)
             raise JobError(f"the run was {why}. Look for the cause, then start it again")
         try:
+            for name in filter(_DRAFT.fullmatch, self.there):
+                self.store.remove(name, missing_ok=True)
             text = yaml.dump(without_signatures(self.config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+            if self.old is not None:  # or a kill between the two leaves a longer run that seems finished
+                self.write_status("running", "", newest)
             self.store.write(SETTINGS, text.encode())
             self.write_status("running", "", newest)
         except Exception as fault:  # every driver has its own errors
@@ -179,7 +193,9 @@ class RunFolder:
             if fault.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.store.is_local:
                 raise
             # a full disk has room for no second file, but in the place of the first
-            Path(self.store.path(STATUS)).write_bytes(content)
+            with open(self.store.path(STATUS), "r+b") as file:  # keeps its block, which others would take
+                file.write(content)
+                file.truncate()
 
     def abandon(self, why: str, since: datetime) -> None:
         """Say that the run failed, when its processes left it running; not if another one wrote that before `since`."""
@@ -190,7 +206,8 @@ class RunFolder:
             self.write_status("failed", why, latest_step(self.store))
 
     def _refuse_foreign_files(self) -> None:
-        foreign = [name for name in self.there if not name.startswith(".") and name not in (LEASE, STOP_KEY)]
+        ours = (LEASE, STOP_KEY)
+        foreign = [name for name in self.there if not (name.startswith(".") or name in ours or _DRAFT.fullmatch(name))]
         if foreign:
             raise OutputError(
                 f"output.url: {self.config.output.url} holds files that are no run ({', '.join(foreign[:5])}). "

@@ -12,9 +12,13 @@ import safetensors.torch
 import torch
 
 from job.checkpoint import Unusable
+from job.progress import COUNTERS
 from job.state import Flat, Piece
 
 RANK, RUN, BEST = "rank", "run.json", "best.safetensors"
+SCHEDULE = ("steps", "warmup_steps", "kind")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaler remembers."""
 CUDA = "random.cuda"
 CPU = "random.cpu"
 
@@ -53,7 +57,12 @@ class RunState:
         names = {field.name for field in dataclasses.fields(cls)}
         if odd := sorted(names ^ set(values)):
             raise Unusable(f"its {RUN} lacks or adds {', '.join(odd)}")
-        return cls(**values)
+        state = cls(**values)
+        whole = ("counters", state.counters, COUNTERS), ("schedule", state.schedule, SCHEDULE)
+        for field, found, expected in (*whole, ("scaler", state.scaler, SCALER if state.scaler else ())):
+            if odd := sorted(set(expected) ^ set(found)):
+                raise Unusable(f"{field} in its {RUN} lacks or adds {', '.join(odd)}")
+        return state
 
 
 @dataclass(frozen=True)

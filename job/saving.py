@@ -18,6 +18,8 @@ from job.plan import Plan
 from job.progress import Progress
 from job.record import Record
 from job.saved import BEST, RANK, RUN, RankState, RunState, adapter_content, random_states
+from job.store import reason
+from job.uploads import passes
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,11 @@ class Saver:
         clock, busy, lost = any_of(self.world, self._by_the_clock(), not self.uploads.idle, lost)
         if lost:
             raise JobError((self.lease and self.lease.lost) or "another run has taken output.url over")
-        self.wanted = self.wanted or clock or self._due(progress, batch)
+        best = self.config.checkpoint.keep_best and progress.at_its_best
+        if best and busy:  # the weights of this very step are to be kept
+            self._wait()
+            busy = False
+        self.wanted = self.wanted or clock or best or self._due(progress, batch)
         if self.wanted and not busy and whole:
             self._take(self.good, progress.adapter)
 
@@ -127,8 +133,7 @@ class Saver:
         checkpoint = self.config.checkpoint
         by_steps = checkpoint.every_steps is not None and progress.step % checkpoint.every_steps == 0
         by_epoch = checkpoint.every_epoch and float(batch.epoch).is_integer()
-        judged_here = progress.evaluated_at == progress.step and progress.last_eval == progress.best_eval
-        return by_steps or by_epoch or (checkpoint.keep_best and judged_here)
+        return by_steps or by_epoch
 
     def _take(self, point: Point, adapter: Mapping[str, Any]) -> None:
         """Copy what trains, and queue its writing."""
@@ -178,8 +183,19 @@ class Saver:
         if self.lease is not None:
             self.lease.check()
         manifest = Manifest(point.step, fixed_hash(self.config), point.eval_loss, parts)
-        if not self.checkpoints.publish(manifest, point.step in self.stale):
+        conditional = self.config.storage.lease
+        if not self.checkpoints.publish(manifest, point.step in self.stale, conditional):
             raise JobError(f"another run wrote the checkpoint of step {point.step}. Use another output.url")
         self.stale.discard(point.step)
         self.record.checkpointed(point.step)
-        self.checkpoints.retain(self.config.checkpoint.keep, self.config.checkpoint.keep_best, self.stale)
+        self._retain()
+
+    def _retain(self) -> None:
+        """Remove what need not stay; that it cannot be removed spoils no checkpoint."""
+        checkpoint = self.config.checkpoint
+        try:
+            self.checkpoints.retain(checkpoint.keep, checkpoint.keep_best, self.stale)
+        except Exception as fault:
+            if not passes(fault) and not isinstance(fault, OSError):
+                raise
+            self.record.say(f"older checkpoints cannot be removed: {reason(fault)}")

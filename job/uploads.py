@@ -21,7 +21,9 @@ _CHANCE = random.Random()  # noqa: S311 - no secret; of its own, since the run's
 LONGEST_PAUSE_S = 30.0
 """Seconds between two tries at most: storage that is back is noticed so soon."""
 _PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-LASTING = frozenset((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.ENODEV, errno.EBADF, *_PLACE))
+LASTING = frozenset(
+    (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.ENODEV, errno.EBADF, errno.EOPNOTSUPP, *_PLACE)
+)
 """Faults of storage that time does not mend. Not among them: a full disk or quota (someone may make room), EIO, ESTALE,
 EBUSY, and EINVAL, which S3's driver raises for bodies that were damaged on the way too."""
 OURS = ("builtins", "job", "torch", "safetensors_rust")

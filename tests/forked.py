@@ -1,5 +1,6 @@
 """The command in real processes that need not import torch again: forked, without a GPU, from one that has."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -102,6 +103,8 @@ def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | 
 
     if "COUNT_READ_BYTES" in variables:
         _count_read_bytes(variables["COUNT_READ_BYTES"])
+    if "NO_HARD_LINKS" in variables:
+        os.link = _no_link  # type: ignore[assignment]
     if "NAN_AT_STEPS" in variables:
         _lose(set(map(int, variables["NAN_AT_STEPS"].split(","))))
     if "DIE_AFTER_STEP" in variables:
@@ -157,3 +160,8 @@ def _lose(steps: set[int]) -> None:
 
     Engine.train_step = counted  # type: ignore[method-assign]
     Engine._loss_sum = lambda self, one: loss_sum(self, one) * (float("nan") if now[0] in steps else 1.0)  # type: ignore[method-assign]
+
+
+def _no_link(*paths: object) -> None:
+    """As on many file servers."""
+    raise PermissionError(errno.EPERM, "Operation not permitted")

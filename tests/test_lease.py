@@ -434,6 +434,7 @@ def test_an_acquisition_that_fails_leaves_nothing(store: Store, monkeypatch: pyt
             raise OSError("no")
         remove(self, name, missing_ok)
 
+    store.write(STOP_KEY, b"")
     monkeypatch.setattr(Store, "remove", failing)
     with pytest.raises(OSError, match="no"):
         Lease.acquire(store, None, pytest.fail)

@@ -296,6 +296,54 @@ def test_checkpoints_are_taken_by_the_clock_of_the_first_rank(run_file: RunFile,
     assert taken(tmp_path / "out/seldom") == [30], "the end"
 
 
+def test_the_best_adapter_before_a_kill_is_the_one_that_is_left(run_file: RunFile, tmp_path: Path) -> None:
+    spoilt = {
+        "evaluation": {"share": 0.25, "every_steps": 1, "keep_best": True},
+        "checkpoint": {"every_steps": 1},
+        "train": {"learning_rate": 0.1, "max_steps": 4, "schedule": "constant"},
+    }
+    finished(2, config(run_file, "whole", **spoilt))
+    one, other = tmp_path / "out/whole", tmp_path / "out/broken"
+    judged = {row["step"]: row["eval_loss"] for row in metrics(one) if "eval_loss" in row and row["step"]}
+    assert min(judged, key=lambda step: judged[step]) < 3, judged
+    killed(2, path := config(run_file, "broken", **spoilt), after=3)
+    finished(1, path)
+    adapters = [(out / "adapter/adapter_model.safetensors").read_bytes() for out in (one, other)]
+    assert adapters[0] == adapters[1]
+    assert run_state(other).counters["kept_eval"] == min(judged.values())
+
+
+def test_patience_counts_on_after_a_kill(run_file: RunFile, tmp_path: Path) -> None:
+    spoilt = {
+        "evaluation": {"share": 0.25, "every_steps": 1, "patience": 3},
+        "checkpoint": {"every_steps": 1},
+        "train": {"learning_rate": 0.5, "max_steps": 40, "schedule": "constant"},
+    }
+    finished(1, config(run_file, "whole", **spoilt))
+    end = len(losses(tmp_path / "out/whole"))
+    assert 4 < end < 40
+    killed(1, path := config(run_file, "broken", **spoilt), after=end - 1)
+    finished(1, path)
+    assert losses(tmp_path / "out/broken") == losses(tmp_path / "out/whole")
+    again = run("train", path)
+    assert "finished already" in again.err
+    assert "finished already" not in run("train", path, "evaluation.patience=5").err
+
+
+@pytest.mark.parametrize("missing", [("counters", "worse"), ("counters", "left_out"), ("schedule", "steps")])
+def test_a_state_whose_numbers_are_incomplete_is_skipped(
+    run_file: RunFile, tmp_path: Path, missing: tuple[str, str]
+) -> None:
+    path, out = config(run_file, "broken", checkpoint={"every_steps": 2}), tmp_path / "out/broken"
+    killed(1, path, after=4)
+    field, name = missing
+    values = {key: value for key, value in getattr(run_state(out), field).items() if key != name}
+    change_run(out, **{field: values})
+    done = run("train", path)
+    assert f"skipping the checkpoint of step 4: {field} in its run.json lacks or adds {name}" in done.err
+    assert done.code == 0 and "going on after step 2" in done.err
+
+
 def test_a_run_that_is_lost_again_and_again_without_progress_fails(run_file: RunFile, tmp_path: Path) -> None:
     path, out = config(run_file, "run", checkpoint={"every_steps": 3, "max_restarts": 2}), tmp_path / "out/run"
     for _ in range(3):

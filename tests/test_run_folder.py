@@ -321,11 +321,9 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         ("run.yaml", b"model: {"),
         ("run.yaml", b"\xff"),
         ("run.yaml", b"lora: {colour: red}"),
-        ("status.json", b"{"),
-        ("status.json", b"[]"),
     ],
 )
-def test_a_run_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     finished(config(tmp_path))
     (tmp_path / name).write_bytes(content)
     said = refusal(config(tmp_path))

@@ -102,6 +102,66 @@ def test_a_second_run_on_one_output_url_is_refused_while_the_first_lives(run_fil
     assert run("train", config, "train.max_steps=100000", f"train.stop_file={config}").code == 75, "it is free now"
 
 
+def test_a_run_whose_folder_was_taken_over_stops_and_publishes_nothing_more(run_file: RunFile, tmp_path: Path) -> None:
+    out = tmp_path / "out/run"
+    with Command("train", run_file(checkpoint={"every_steps": 2}), ENDLESS) as command:
+        command.wait_for("step 4/")
+        (held,) = (out / "lease").iterdir()
+        theirs = {**json.loads(held.read_text()), "id": "another", "host": "elsewhere"}
+        (out / "lease/00000009.json").write_text(json.dumps(theirs))
+        done = command.wait()
+    assert done.code == 1 and "is no longer this run's: another run holds it (host elsewhere" in done.err
+    assert status(out)["state"] == "running" and not (out / "adapter").exists()
+    assert [file.name for file in (out / "lease").iterdir() if file.name > "00000001.json"] == ["00000009.json"]
+
+
+def test_without_hard_links_a_run_needs_to_give_up_its_lease_and_then_keeps_checkpoints(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    path, bare = run_file(train={"max_steps": 6}, checkpoint={"every_steps": 2}), {"NO_HARD_LINKS": "1"}
+    refused = run("train", path, env=bare)
+    assert refused.code == 2 and "storage.lease: false" in refused.err
+    (killed,) = run_ranks(1, "train", path, "storage.lease=false", env={**bare, "DIE_AFTER_STEP": "5"})
+    assert killed.code == -signal.SIGKILL and newest(tmp_path / "out/run") == 4
+    done = run("train", path, "storage.lease=false", env=bare)
+    assert done.code == 0 and "going on after step 4" in done.err
+    assert newest(tmp_path / "out/run") == 6
+
+
+def test_what_a_kill_leaves_of_run_yaml_or_status_json_stands_in_no_later_run_s_way(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    path, out = run_file(), tmp_path / "out/run"
+    out.mkdir(parents=True)
+    (out / "run.yaml.123.part").write_text("model: ")
+    assert run("train", path).code == 0
+    assert not list(out.glob("*.part"))
+    (out / "status.json").write_text("")
+    longer = run("train", path, "train.max_steps=5")
+    assert longer.code == 0 and "going on after step 3" in longer.err
+    assert status(out)["state"] == "finished"
+
+
+def test_the_best_checkpoint_is_kept_also_where_storage_is_slow(run_file: RunFile, s3: S3) -> None:
+    with proxied(s3) as (through, faults):
+        faults.delay_s = 0.05
+        place = f"{BUCKET}/slow"
+        config = run_file(
+            "slow",
+            storage=through.storage,
+            output={"url": f"s3://{place}"},
+            evaluation={"share": 0.25, "every_steps": 1},
+            checkpoint={"keep": 1, "keep_best": True},
+            train={"max_steps": 9, "learning_rate": 0.06, "schedule": "constant", "warmup_steps": 6},
+        )
+        done = run("train", config)
+    assert done.code == 0, done.err
+    judged = {row["step"]: row["eval_loss"] for row in s3_rows(s3, place) if "eval_loss" in row and row["step"]}
+    best = min(judged, key=lambda step: judged[step])
+    assert 1 < best < 9, judged
+    assert s3.fs().exists(f"{place}/checkpoints/step-{best:08d}/manifest.json")
+
+
 def test_a_file_named_stop_in_the_output_folder_stops_the_run(run_file: RunFile, tmp_path: Path) -> None:
     out = tmp_path / "out/run"
     with Command("train", run_file(), ENDLESS) as command:

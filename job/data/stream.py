@@ -29,6 +29,9 @@ Share = Callable[[Callable[[], Any]], Any]
 GOODBYE_S = 2.0
 """Seconds for which the end of a read that is under way is waited for."""
 
+CURSOR = ("step", "epoch", "shard", "row", "block", "sequences")
+"""What says where a stream goes on."""
+
 
 class Stream:
     """The global batches of a run whose rows are read while it trains.
@@ -108,8 +111,11 @@ class Stream:
         return sha256(named.encode()).hexdigest()
 
     def _batches(self, cursor: Mapping[str, Any], step: int) -> Generator[GlobalBatch, None, None]:
-        number, place = cursor.get("step", 0), cursor.get("sequences", 0)
-        begin = Position(*(cursor.get(name, 0) for name in ("epoch", "shard", "row", "block")))
+        at = cursor or dict.fromkeys(CURSOR, 0)
+        if lacking := [name for name in CURSOR if name not in at]:
+            raise DataError(f"data.train: the checkpoint's cursor lacks {', '.join(lacking)}. Remove that checkpoint")
+        number, place = at["step"], at["sequences"]
+        begin = Position(*(at[name] for name in ("epoch", "shard", "row", "block")))
         given_up = threading.Event()
         assert self.encoder is not None, "only a rank that reads asks for batches"
         blocks = _ahead(read_blocks(self.shards, self.config, self.encoder, begin, given_up, self._check))
