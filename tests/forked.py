@@ -105,6 +105,10 @@ def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | 
         _count_read_bytes(variables["COUNT_READ_BYTES"])
     if "NO_HARD_LINKS" in variables:
         os.link = _no_link  # type: ignore[assignment]
+    if "DRAW_EACH_STEP" in variables:
+        _draw()
+    if "STORAGE_FAILS_ON_RANK" in variables:
+        _fail_storage(variables["STORAGE_FAILS_ON_RANK"] == variables.get("RANK"))
     if "NAN_AT_STEPS" in variables:
         _lose(set(map(int, variables["NAN_AT_STEPS"].split(","))))
     if "DIE_AFTER_STEP" in variables:
@@ -165,3 +169,32 @@ def _lose(steps: set[int]) -> None:
 def _no_link(*paths: object) -> None:
     """As on many file servers."""
     raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def _draw() -> None:
+    """Have each step draw from the generators that are everybody's, as a model's or a user's code may."""
+    import random
+
+    import numpy
+    import torch
+
+    from job.engine import Engine
+
+    train_step = Engine.train_step
+
+    def drawing(self: Engine, *arguments: Any) -> Any:
+        random.random(), numpy.random.rand(), torch.rand(())
+        return train_step(self, *arguments)
+
+    Engine.train_step = drawing  # type: ignore[method-assign]
+
+
+def _fail_storage(here: bool) -> None:
+    """Have this rank's parts of checkpoints refused, as by a file server that one host cannot reach."""
+    from job.checkpoint import Checkpoints
+
+    def failing(self: Checkpoints, *arguments: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    if here:
+        Checkpoints.write = failing  # type: ignore[method-assign]

@@ -216,6 +216,34 @@ def test_random_states_of_a_user_s_code_go_on_where_they_were(
     assert expected == undisturbed and len(set(expected)) == STEPS
 
 
+def test_the_random_states_of_every_rank_go_on(run_file: RunFile, tmp_path: Path) -> None:
+    for name, after in (("whole", None), ("broken", 4), ("broken", None)):
+        ends = {} if after is None else {"DIE_AFTER_STEP": str(after)}
+        done = run_ranks(2, "train", config(run_file, name), env={"DRAW_EACH_STEP": "1", **ends})
+        assert bool(after) or [one.code for one in done] == [0, 0], done[0].err
+    one, other = rank_states(tmp_path / "out/whole"), rank_states(tmp_path / "out/broken")
+    for before, after_kill in zip(one, other, strict=True):
+        assert before.random.keys() == after_kill.random.keys() >= {"python", "numpy", "random.cpu"}
+        assert before.random["python"] == after_kill.random["python"]
+        assert before.random["numpy"] == after_kill.random["numpy"]
+        assert torch.equal(before.random["random.cpu"], after_kill.random["random.cpu"])
+    assert one[0].random["python"] != one[1].random["python"], "ranks draw other numbers"
+
+
+def test_loss_scaling_is_kept_and_handed_back(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaling = dict.fromkeys(("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"), 7)
+    handed: list[Any] = []
+    monkeypatch.setattr(Engine, "scaler", lambda self: scaling)
+    monkeypatch.setattr(Engine, "restore_scaler", lambda self, values: handed.append(values))
+    settings = parse_config(config(run_file, "run").read_text())
+    train(settings, World(), lambda line: None)
+    assert run_state(tmp_path / "out/run").scaler == scaling and not handed
+    train(parse_config(config(run_file, "run", train={"max_steps": 9}).read_text()), World(), lambda line: None)
+    assert handed == [scaling]
+
+
 def test_rows_that_changed_are_refused(run_file: RunFile, tmp_path: Path) -> None:
     path = config(run_file, "run")
     killed(1, path)

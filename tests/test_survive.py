@@ -2,9 +2,11 @@
 
 import json
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,6 +88,47 @@ def test_storage_that_stays_down_fails_the_run_with_what_could_not_be_written(ru
             done = command.wait()
     assert done.code == 1 and "Traceback" not in done.err
     assert "the checkpoint of step" in done.err and "JobError: " in done.err
+
+
+def test_storage_that_fails_for_one_rank_alone_fails_the_run_on_all_in_a_sentence(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    path = run_file(train={"max_steps": 4, "micro_batch_size": 1}, storage={"retry_minutes": 0.02})
+    ranks = run_ranks(2, "train", path, env={"STORAGE_FAILS_ON_RANK": "1"})
+    assert [one.code for one in ranks] == [1, 1]
+    for one in ranks:
+        assert "the checkpoint of step 4 could not be written" in one.err and "Traceback" not in one.err, one.err
+    assert status(tmp_path / "out/run")["state"] == "failed"
+    assert not list((tmp_path / "out/run").rglob("manifest.json")), "a checkpoint without a part is none"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of two megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True)
+    if made.returncode:
+        pytest.skip("only root mounts disks")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(run_file: RunFile, tmp_path: Path, small_disk: Path) -> None:
+    steps = {"train": {"max_steps": 60}, "checkpoint": {"every_steps": 5, "keep": 1}}
+    assert run("train", run_file("whole", **steps)).code == 0
+    out = small_disk / "run"
+    with Command("train", run_file("full", output={"url": str(out)}, **steps)) as command:
+        command.wait_for("step 6/")
+        with open(small_disk / "filler", "wb", buffering=0) as filler, suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        command.wait_for("trying again while training goes on")
+        (small_disk / "filler").unlink()
+        done = command.wait()
+    assert done.code == 0, done.err
+    assert losses(out) == losses(tmp_path / "out/whole")
+    assert newest(out) == 60 and status(out)["state"] == "finished"
 
 
 def test_a_second_run_on_one_output_url_is_refused_while_the_first_lives(run_file: RunFile, tmp_path: Path) -> None:
