@@ -67,7 +67,7 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
         if count > 1:
             words = ["train", config, *(settings or ())]
             sys.exit(local.start(settings_read, words, count, gpus, _say))
-    from job.group import disconnect
+    from job.group import disconnect, lost_peer
     from job.model import quiet_libraries
     from job.train import train as run
 
@@ -78,6 +78,9 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
     except BaseException as fault:
         if world.world_size == 1 or isinstance(fault, Interrupted):
             disconnect()
+        if lost_peer(fault):
+            early = "another rank ended before the run began, or cannot be reached; what it said tells why"
+            raise JobError(early) from fault
         raise  # alone with a fault, a rank would wait in disconnect for the others, and nobody would learn of it
     disconnect()
     if not world.speaks:

@@ -107,6 +107,8 @@ class Saver:
         """
         if progress.step:
             self._settle(self.last, progress.adapter)
+            if self.world.rank == 0:  # what a run that was killed before that left, too
+                self.uploads.put("removal of older checkpoints", self._retain, self.checkpoints.store)
 
     def _settle(self, point: Point, adapter: Mapping[str, Any]) -> None:
         self._wait()
