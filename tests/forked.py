@@ -105,6 +105,8 @@ def _main(words: list[str], folder: str, variables: dict[str, str], cwd: Path | 
         _count_read_bytes(variables["COUNT_READ_BYTES"])
     if "NO_HARD_LINKS" in variables:
         os.link = _no_link  # type: ignore[assignment]
+    if variables.get("DIES_EARLY", "none") == variables.get("RANK"):
+        _die_early()
     if "DRAW_EACH_STEP" in variables:
         _draw()
     if "STORAGE_FAILS_ON_RANK" in variables:
@@ -198,3 +200,10 @@ def _fail_storage(here: bool) -> None:
 
     if here:
         Checkpoints.write = failing  # type: ignore[method-assign]
+
+
+def _die_early() -> None:
+    """Have this rank killed when it looks for the model."""
+    from job import train
+
+    train.fetch = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]

