@@ -85,6 +85,16 @@ def test_on_as_many_ranks_a_killed_run_goes_on_bit_for_bit(
     assert adapters[0] == adapters[1]
 
 
+def test_the_second_copies_of_hpz_follow_what_was_restored(run_file: RunFile, tmp_path: Path) -> None:
+    sections = {"parallel": {"strategy": "hpz"}, "train": {"global_batch_size": 8}}
+    for name, ends in (("whole", {}), ("broken", {"DIE_AFTER_STEP": "4"}), ("broken", {})):
+        done = run_ranks(4, "train", config(run_file, name, **sections), per_node=2, env=ends)
+        assert bool(ends) or [one.code for one in done] == [0] * 4, done[0].err
+    assert "going on after step 3" in done[0].err
+    assert losses(tmp_path / "out/whole") == losses(tmp_path / "out/broken")
+    assert same(tmp_path / "out/whole", tmp_path / "out/broken")
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
