@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ import pytest
 
 from tests.s3 import S3, serve
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: what is started here would be deaf
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores would spin against each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
