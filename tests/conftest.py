@@ -13,8 +13,9 @@ import pytest
 
 from tests.s3 import S3, serve
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: what is started here would be deaf
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for deaf in (signal.SIGINT, signal.SIGHUP):  # a shell's background job, nohup: what is started here would be deaf too
+    if signal.getsignal(deaf) == signal.SIG_IGN:
+        signal.signal(deaf, signal.default_int_handler if deaf == signal.SIGINT else signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores would spin against each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
