@@ -292,26 +292,44 @@ def test_a_finished_run_goes_on_when_it_shall_take_more_steps(run_file: RunFile,
     assert json.loads((out / "status.json").read_text())["step"] == 12
 
 
-def test_the_newest_checkpoints_are_kept_and_the_best_one(run_file: RunFile, tmp_path: Path) -> None:
+def forgetful(run_file: RunFile, name: str, *, max_steps: int = 8, checkpoint: Any = None, **evaluation: Any) -> Path:
+    """A run that learns in three steps what it is judged by, and then forgets it over other rows."""
+    folder = run_file(name).parent
+    first = [row | {"output": "one one one one one"} for row in alpaca_rows(18)]
     path = config(
         run_file,
-        "run",
-        evaluation={"share": 0.25, "every_steps": 1},
-        checkpoint={"every_steps": 1, "keep": 2, "keep_best": True},
-        train={"learning_rate": 0.5, "max_steps": 6},
+        name,
+        data={"shuffle": False, "packing": False, "max_length": 64},
+        evaluation={"file": str(write_rows(folder / "judged.jsonl", first)), "every_steps": 1, **evaluation},
+        checkpoint={"every_steps": 1, **(checkpoint or {})},
+        train={"max_steps": max_steps, "learning_rate": 0.02, "schedule": "constant", "warmup_steps": 0},
     )
-    finished(1, path)
-    out = tmp_path / "out/run"
-    judged = {row["step"]: row["eval_loss"] for row in metrics(out) if "eval_loss" in row and row["step"]}
-    kept = sorted(int(folder.name[5:]) for folder in (out / "checkpoints").iterdir())
-    assert kept[-1] == 6 and len(kept) <= 3
-    best = min(judged, key=lambda step: judged[step])
-    assert best in kept and best < 5, f"a rate of 0.5 spoils what was learnt: {judged}"
+    write_rows(folder / "rows.jsonl", first + [row | {"output": "zq9" * 10} for row in alpaca_rows(54)])
+    return path
+
+
+def judged(out: Path) -> dict[int, float]:
+    """Evaluation losses by step, without the one before training."""
+    return {row["step"]: row["eval_loss"] for row in metrics(out) if "eval_loss" in row and row["step"]}
+
+
+def best_step(out: Path) -> int:
+    """The step with the lowest evaluation loss."""
+    losses = judged(out)
+    return min(losses, key=lambda step: losses[step])
 
 
 def taken(out: Path) -> list[int]:
     """Steps whose checkpoints are there."""
     return sorted(int(folder.name[5:]) for folder in (out / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_are_kept_and_the_best_one(run_file: RunFile, tmp_path: Path) -> None:
+    finished(1, forgetful(run_file, "run", checkpoint={"keep": 2, "keep_best": True}))
+    out = tmp_path / "out/run"
+    best, kept = best_step(out), taken(out)
+    assert best < 6, judged(out)
+    assert best in kept and kept[-1] == 8 and len(kept) <= 3
 
 
 def test_checkpoints_are_taken_after_each_epoch(run_file: RunFile, tmp_path: Path) -> None:
@@ -335,32 +353,21 @@ def test_checkpoints_are_taken_by_the_clock_of_the_first_rank(run_file: RunFile,
 
 
 def test_the_best_adapter_before_a_kill_is_the_one_that_is_left(run_file: RunFile, tmp_path: Path) -> None:
-    spoilt = {
-        "evaluation": {"share": 0.25, "every_steps": 1, "keep_best": True},
-        "checkpoint": {"every_steps": 1},
-        "train": {"learning_rate": 0.1, "max_steps": 4, "schedule": "constant"},
-    }
-    finished(2, config(run_file, "whole", **spoilt))
+    finished(2, forgetful(run_file, "whole", keep_best=True))
     one, other = tmp_path / "out/whole", tmp_path / "out/broken"
-    judged = {row["step"]: row["eval_loss"] for row in metrics(one) if "eval_loss" in row and row["step"]}
-    assert min(judged, key=lambda step: judged[step]) < 3, judged
-    killed(2, path := config(run_file, "broken", **spoilt), after=3)
+    assert best_step(one) < 6, judged(one)
+    killed(2, path := forgetful(run_file, "broken", keep_best=True), after=6)
     finished(1, path)
     adapters = [(out / "adapter/adapter_model.safetensors").read_bytes() for out in (one, other)]
     assert adapters[0] == adapters[1]
-    assert run_state(other).counters["kept_eval"] == min(judged.values())
+    assert run_state(other).counters["kept_eval"] == min(judged(one).values())
 
 
 def test_patience_counts_on_after_a_kill(run_file: RunFile, tmp_path: Path) -> None:
-    spoilt = {
-        "evaluation": {"share": 0.25, "every_steps": 1, "patience": 3},
-        "checkpoint": {"every_steps": 1},
-        "train": {"learning_rate": 0.5, "max_steps": 40, "schedule": "constant"},
-    }
-    finished(1, config(run_file, "whole", **spoilt))
+    finished(1, forgetful(run_file, "whole", patience=3, max_steps=40))
     end = len(losses(tmp_path / "out/whole"))
     assert 4 < end < 40
-    killed(1, path := config(run_file, "broken", **spoilt), after=end - 1)
+    killed(1, path := forgetful(run_file, "broken", patience=3, max_steps=40), after=end - 1)
     finished(1, path)
     assert losses(tmp_path / "out/broken") == losses(tmp_path / "out/whole")
     again = run("train", path)

@@ -43,8 +43,8 @@ def test_on_s3_a_killed_run_goes_on_and_all_rows_of_metrics_are_there(
 ) -> None:
     steps = {"train": {"max_steps": 8}, "checkpoint": {"every_steps": 3}}
     assert run("train", run_file("whole", **steps)).code == 0
-    place = f"{BUCKET}/killed"
-    config = run_file("killed", storage=s3.storage, output={"url": f"s3://{place}"}, **steps)
+    place = f"{BUCKET}/killed-once"
+    config = run_file("killed-once", storage=s3.storage, output={"url": f"s3://{place}"}, **steps)
     (done,) = run_ranks(1, "train", config, env={"DIE_AFTER_STEP": "7", **s3.env})
     assert done.code == -signal.SIGKILL
     done = run("train", config)
