@@ -88,7 +88,6 @@ class RunFolder:
                 f"output.url: {self.config.output.url} holds a run that this version cannot read ({fault}). "
                 "Use another output.url"
             ) from fault
-
         try:
             self.status = None if status is None else Status(**json.loads(status))
         except (ValueError, TypeError):  # damaged: the checkpoints know how far it came
