@@ -77,12 +77,15 @@ def test_ctrl_c_leaves_a_usable_adapter_and_says_so(run_file: RunFile, tmp_path:
             cwd=REPOSITORY,
         ) as process,
     ):
-        end = time.monotonic() + 200
-        while "step 3/" not in (tmp_path / "err").read_text() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        assert status(tmp_path / "out/run")["state"] == "running"
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=100)
+        try:
+            end = time.monotonic() + 200
+            while "step 3/" not in (tmp_path / "err").read_text() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            assert status(tmp_path / "out/run")["state"] == "running"
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=100)
+        finally:
+            process.kill()  # one that heard nothing would be waited for without end
     said = (tmp_path / "err").read_text()
     assert (process.returncode, out) == (75, b""), said
     assert f"\n{STOPPING}\n" in said, "no word of Ctrl-C without a terminal"
