@@ -18,7 +18,7 @@ from job.record import Record
 from job.saved import BEST, RANK, RUN, RankState, RunState, parse_adapter, set_random_states
 from job.saving import Point
 from job.sinks import METRICS, cut_metrics, forget_metrics
-from job.state import Flat, plain
+from job.state import Flat, Placed, plain
 from job.uploads import patiently
 from job.world import World
 
@@ -112,7 +112,7 @@ def restore(
         rows: the fingerprint of the training data.
 
     Raises:
-        OutputError: the checkpoint belongs to a run with other fixed settings.
+        OutputError: the checkpoint belongs to a run with other fixed settings, or lacks some of what is trained.
         DataError: the rows are others.
     """
     step, state = found.manifest.step, found.state
@@ -152,7 +152,11 @@ def _refuse_another_run(state: RunState, config: RunConfig, step: int) -> None:
 
 
 def _from_others(found: Found, engine: Engine, world: World, said: str, say: Say) -> list[Flat]:
-    """This rank's buffers, out of those of all ranks that wrote."""
+    """This rank's buffers, out of those of all ranks that wrote.
+
+    Raises:
+        OutputError: some rank's are not whole.
+    """
     places = engine.trained.places()
     eight_bits = False
     for number in range(found.state.world_size):
@@ -165,7 +169,20 @@ def _from_others(found: Found, engine: Engine, world: World, said: str, say: Say
             places.take(Flat(pieces, steps, shown(world, source, plain(own).tensors if own else None)))
     rounded = ", moments in 8 bits are rounded again" if any(everyone(world, eight_bits)) else ""
     say(f"the optimizer's state is spread anew, {said}{rounded}")
-    return places.flats()
+    return _whole(places, f"the checkpoint of step {found.manifest.step}", world)
+
+
+def _whole(places: Placed, source: str, world: World) -> list[Flat]:
+    """The filled buffers; one rank's refusal is every rank's, or the others would wait for it."""
+    flats, refusal = [], None
+    try:
+        flats = places.flats(source)
+    except OutputError as fault:
+        refusal = fault
+    refusals = [fault for fault in everyone(world, refusal) if fault]
+    if refusals:
+        raise refusals[0]
+    return flats
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 DeepSpeed flattens trained parameters into buffers and gives each rank a part. A checkpoint keeps a rank's buffers as
 they are, beside the places of the parameters in them: the same ranks get theirs back bit for bit, any others are served
-from the same pieces (see `placed`). Attributes are deepspeed 0.19.8's, stage_1_and_2.py and stage3.py.
+from the same pieces (see `Placed`). Attributes are deepspeed 0.19.8's, stage_1_and_2.py and stage3.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +12,8 @@ from typing import Any
 
 import bitsandbytes.functional as blockwise
 import torch
+
+from job.errors import OutputError
 
 MASTER = "master"
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "state1": "exp_avg", "state2": "exp_avg_sq"}
@@ -249,14 +251,21 @@ class Placed:
                 self.found[number][name] = torch.zeros(self.lengths[number])
             self.found[number][name][here : here + stop - start] = tensor[there : there + stop - start]
 
-    def flats(self) -> list[Flat]:
+    def flats(self, source: str) -> list[Flat]:
         """The filled buffers.
 
+        Args:
+            source: what they were filled from, for the refusal.
+
         Raises:
-            ValueError: some elements came from nowhere, or twice.
+            OutputError: some elements came from nowhere, or twice.
         """
         if self.filled != self.wanted:
-            raise ValueError(f"{self.filled} elements for this rank's {self.wanted}")
+            raise OutputError(
+                f"output.url: {source} has {self.filled} of the trained values that belong on this rank, expected "
+                f"{self.wanted}: it is not whole, or was taken of a model of another shape. Bring that model back, or "
+                "remove that checkpoint, so that the one before is used"
+            )
         names = {name for found in self.found for name in found} | {MASTER}
         for found, length in zip(self.found, self.lengths, strict=True):
             for name in names - found.keys():  # a buffer of padding alone

@@ -183,6 +183,24 @@ def test_a_rank_that_lacks_a_tensor_of_its_state_is_skipped(run_file: RunFile, t
     assert done.code == 0 and "going on after step 2" in done.err
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_state_that_lacks_values_is_refused_on_every_rank(run_file: RunFile, tmp_path: Path, ranks: int) -> None:
+    path, out = config(run_file, "broken"), tmp_path / "out/broken"
+    killed(ranks, path)
+    state = rank_states(out)[0]
+    (flat,) = state.flats
+    rest = flat.pieces[1:]
+    rewrite(out, "rank00000", dataclasses.replace(state, flats=[dataclasses.replace(flat, pieces=rest)]).content())
+    expected, found = (sum(piece.stop - piece.start for piece in pieces) for pieces in (flat.pieces, rest))
+    done = run_ranks(ranks, "train", path)
+    assert [one.code for one in done] == [2] * ranks
+    assert (
+        f"OutputError: output.url: the checkpoint of step 3 has {found} of the trained values that belong on this "
+        f"rank, expected {expected}: it is not whole, or was taken of a model of another shape. Bring that model "
+        "back, or remove that checkpoint, so that the one before is used\n" in done[0].err
+    )
+
+
 @pytest.mark.parametrize("kind", ["state1", "absmax1", "qmap2", "absmax2"])
 def test_moments_in_8_bits_come_back_with_their_scales_or_not_at_all(
     run_file: RunFile, tmp_path: Path, kind: str
