@@ -28,6 +28,11 @@ PACKAGES = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
     "setpriv": "util-linux",
+    "munged": "munge",
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "shellcheck": "shellcheck",
 }
 """The commands that it takes, and Debian's packages that bring them."""
 
@@ -120,13 +125,15 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
+def hosts(count: int, folder: Path, *more: str) -> Iterator[list[Host]]:
     """Bring up `count` hosts named n1, n2, ..., all gone at the end, however that comes.
 
     Args:
         folder: an empty one for their keys, settings and logs.
+        more: names of further hosts, which come after these.
     """
-    addresses = {f"n{number}": f"10.0.0.{number}" for number in range(1, count + 1)}
+    names = [*(f"n{number}" for number in range(1, count + 1)), *more]
+    addresses = {name: f"10.0.0.{number}" for number, name in enumerate(names, start=1)}
     _write_settings(folder, addresses)
     with ExitStack() as stack:
         switch = stack.enter_context(_started("unshare", "--net", "sleep", "infinity"))
