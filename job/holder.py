@@ -18,6 +18,7 @@ class Holder:
     Args:
         id: of this one lease, never used again.
         job_id: the scheduler's, which a job keeps when it is started again.
+        attempt: how often the scheduler had started the job again; None without a scheduler that counts.
         boot_id, pid_namespace: with `host` they say where `pid` means this process; None where Linux does not say.
         started: of the process, clock ticks after boot: setting the host's clock does not change it.
         ttl_s: seconds without a renewal after which the lease may be taken over.
@@ -32,17 +33,19 @@ class Holder:
     pid: int
     started: int | None
     ttl_s: float
+    attempt: int | None
     renewals: int = 0
 
     @classmethod
-    def here(cls, job_id: str | None, ttl_s: float) -> Self:
+    def here(cls, job_id: str | None, ttl_s: float, attempt: int | None = None) -> Self:
         """This process, with a new id."""
         boot_id = namespace = started = None
         with suppress(OSError):  # no Linux: nobody can tell then whether this process lives
             boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115  # no path: pid:[4026531836]
             started = _process(os.getpid())[1]
-        return cls(uuid4().hex, job_id, socket.gethostname(), boot_id, namespace, os.getpid(), started, ttl_s)
+        host = socket.gethostname()
+        return cls(uuid4().hex, job_id, host, boot_id, namespace, os.getpid(), started, ttl_s, attempt)
 
     @classmethod
     def parse(cls, content: bytes) -> Self | None:
@@ -58,6 +61,12 @@ class Holder:
     def content(self) -> bytes:
         """The lease file."""
         return json.dumps(asdict(self), indent=1).encode()
+
+    def is_before(self, me: "Holder") -> bool:
+        """Whether `me` is the same job, which the scheduler has started again since: it ended this one first."""
+        if self.job_id is None or self.attempt is None or me.attempt is None:
+            return False
+        return self.job_id == me.job_id and self.attempt < me.attempt
 
     def lives(self, seen_by: "Holder") -> bool | None:
         """Whether this process lives; None when it is on another host, or hidden."""

@@ -47,7 +47,7 @@ class NoLease:
 
     def check(self) -> None:
         """Look now whether the folder is still ours, and renew the lease: nobody takes it in the next `ttl_s` seconds
-        but the same job, started again elsewhere. A storage that fails raises what its driver raises.
+        but the same job, once its scheduler has started it again. A storage that fails raises what its driver raises.
 
         Raises:
             JobError: another run took it over.
@@ -88,7 +88,14 @@ class Lease(NoLease):
         super().__init__(store, me.ttl_s)
 
     @classmethod
-    def acquire(cls, store: Store, job_id: str | None, say: Callable[[str], None], ttl_s: float = TTL_S) -> Self:
+    def acquire(
+        cls,
+        store: Store,
+        job_id: str | None,
+        say: Callable[[str], None],
+        ttl_s: float = TTL_S,
+        attempt: int | None = None,
+    ) -> Self:
         """Take the folder, at once or after the time in which its holder would have given a sign of life.
 
         What the folder holds is to be read after this: until now another run may have written there.
@@ -98,12 +105,13 @@ class Lease(NoLease):
             job_id: the scheduler's id of this job: the same job, started again elsewhere, need not wait.
             say: hears a line before a wait.
             ttl_s: seconds without a renewal after which others may take the folder from us.
+            attempt: how often the scheduler had started this job again.
 
         Raises:
             OutputError: another run holds the folder and lives.
             Exception: what the storage's driver raises when it fails; nothing of ours is left then.
         """
-        me = Holder.here(job_id, ttl_s)
+        me = Holder.here(job_id, ttl_s, attempt)
         while True:
             numbers = _numbers(store)
             if not numbers or _may_follow(store, numbers[-1], me, say):
@@ -211,7 +219,7 @@ def _may_follow(store: Store, number: int, me: Holder, say: Callable[[str], None
     lives = holder.lives(me) if holder else None
     if lives:
         raise _in_use(store, number, holder)
-    if lives is False or (holder and me.job_id and holder.job_id == me.job_id):
+    if lives is False or (holder and holder.is_before(me)):
         return True
     ttl_s = holder.ttl_s if holder else me.ttl_s
     said = False

@@ -62,20 +62,7 @@ def run(
         seconds = time.perf_counter() - begun
         why = _watch(step, batch, progress, config.train.max_skipped_steps)
         progress.step = batch.step + 1
-        on_row(
-            {
-                "step": progress.step,
-                "epoch": round(batch.epoch, 4),
-                "loss": step.loss,
-                "learning_rate": rate,
-                "grad_norm": step.grad_norm,
-                "tokens": batch.tokens,
-                "tokens_per_s": round(batch.tokens / seconds, 1),
-                "samples_per_s": round(batch.rows / seconds, 3),
-                "memory_gib": round(peak_memory_gib(plan.device), 3),
-                **({} if step.applied else {"left_out": 1}),
-            }
-        )
+        on_row(_row(step, batch, rate, seconds, peak_memory_gib(plan.device)))
         if why:
             saver.rescue(progress)
             raise JobError(why)
@@ -91,6 +78,21 @@ def run(
             "Lower train.learning_rate, or look at the rows with `qlora data`"
         )
     progress.adapter = progress.adapter or engine.gather()
+
+
+def _row(step: Step, batch: GlobalBatch, rate: float, seconds: float, memory_gib: float) -> Metrics:
+    return {
+        "step": batch.step + 1,
+        "epoch": round(batch.epoch, 4),
+        "loss": step.loss,
+        "learning_rate": rate,
+        "grad_norm": step.grad_norm,
+        "tokens": batch.tokens,
+        "tokens_per_s": round(batch.tokens / seconds, 1),
+        "samples_per_s": round(batch.rows / seconds, 3),
+        "memory_gib": round(memory_gib, 3),
+        **({} if step.applied else {"left_out": 1}),
+    }
 
 
 def _evaluator(

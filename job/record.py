@@ -51,7 +51,8 @@ class Record:
 
         def take() -> Lease | NoLease:
             held = self.run.config.storage.lease
-            return Lease.acquire(store, self.world.job_id, self.say) if held else NoLease(store)
+            job = self.world.job_id
+            return Lease.acquire(store, job, self.say, attempt=self.world.attempt) if held else NoLease(store)
 
         self.lease = patiently(take, "lease", min(self.retry_s, FAILING_S), self.say, store)
         self.run.begin()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Literal, Self
 
 from job.config import RunConfig
@@ -17,8 +17,8 @@ from job.errors import InputError, JobError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 NAMES = tuple(number.name for number in SIGNALS)
-STOP_FILE, STOP_KEY, TIME_LIMIT = "a stop file", "a stop key", "the time limit"
-WORDS = (TIME_LIMIT, STOP_KEY, STOP_FILE, *NAMES)
+STOP_FILE, STOP_KEY, TIME_LIMIT, WARNING = "a stop file", "a stop key", "the time limit", "the scheduler's warning"
+WORDS = (TIME_LIMIT, STOP_KEY, STOP_FILE, WARNING, *NAMES)
 """All that may have asked; ranks that heard different ones agree on the last of them here."""
 LAST_WORDS_S = 10.0
 """How long a run that is ended at once may take to say so in status.json."""
@@ -43,7 +43,7 @@ class StopRequest:
 
     Args:
         grace_s: seconds a stopping run has for its save; inf lets no signal but Ctrl-C end it.
-        stop_file: a path whose appearance asks; looked at once each time `asked` is read.
+        files: paths whose appearance asks, each with its word; looked at each time `asked` is read.
         ends_at: when the time is over, Unix seconds (see `limits`); `grace_s` and the longest step before it asks.
         also: asked last, gives one of WORDS or None.
         speaks: whether this process says on stderr that it stops.
@@ -52,12 +52,12 @@ class StopRequest:
     def __init__(
         self,
         grace_s: float = math.inf,
-        stop_file: str | None = None,
+        files: Mapping[str, str] = MappingProxyType({}),
         ends_at: float | None = None,
         also: Callable[[], str | None] = lambda: None,
         speaks: bool = True,
     ) -> None:
-        self.grace_s, self.stop_file, self.ends_at, self.also, self.speaks = grace_s, stop_file, ends_at, also, speaks
+        self.grace_s, self.files, self.ends_at, self.also, self.speaks = grace_s, files, ends_at, also, speaks
         self._word: str | None = None
         self._heard = _Heard(grace_s)
         self._last_resort = _LastResort(_Heard(grace_s))
@@ -82,8 +82,9 @@ class StopRequest:
         return self._word
 
     def _looked(self) -> str | None:
-        if self.stop_file and os.path.exists(self.stop_file):  # noqa: PTH110 - Path's raises where storage falters
-            return STOP_FILE
+        for path, word in self.files.items():
+            if os.path.exists(path):  # noqa: PTH110 - Path's raises where storage falters
+                return word
         if self.ends_at is not None and out_of_time(time.time(), self.ends_at, self.grace_s, self._longest_s):
             return TIME_LIMIT
         return self.also()
@@ -92,9 +93,12 @@ class StopRequest:
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self.before = {number: signal.signal(number, self._on_signal) for number in heard}
         self._last_resort.watch(heard)
+        # a launcher that blocks signals, so as not to end its workers by them, has given them that, too
+        self.blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         return self
 
     def __exit__(self, *fault: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.blocked)
         self._last_resort.leave()
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -124,6 +128,17 @@ class StopRequest:
                 print(sentence, file=sys.stderr, flush=True)
             except RuntimeError:  # the signal came while the main thread was writing there
                 os.write(2, f"{sentence}\n".encode())
+
+
+def files_that_ask(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
+    """The paths whose appearance asks, each with its word: train.stop_file, and QLORA_WARNING_FILE, which the scripts
+    in slurm/ make when the scheduler warns them.
+
+    Args:
+        env: the environment.
+    """
+    paths = {config.train.stop_file: STOP_FILE, env.get("QLORA_WARNING_FILE"): WARNING}
+    return {path: word for path, word in paths.items() if path}
 
 
 def limits(config: RunConfig, env: Mapping[str, str], begun: float) -> float | None:

@@ -25,19 +25,20 @@ from job.model import (
     refuse_leaking_packs,
     shares,
 )
-from job.plan import STORAGE_BYTES, make_plan
+from job.plan import STORAGE_BYTES, Plan, make_plan
 from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config
+from job.progress import Progress
 from job.published import shape_of
 from job.record import Record, metric_sinks, recorded
 from job.resume import go_on
 from job.run_folder import RunFolder
 from job.saved import seed_random
 from job.saving import Saver
-from job.stop import WORDS, StopRequest, limits
+from job.stop import WORDS, StopRequest, files_that_ask, limits
 from job.swap import prepare_files
 from job.tokenizer import Tokenizer
 from job.uploads import patiently
-from job.world import World
+from job.world import Hardware, World
 
 Say = Callable[[str], None]
 
@@ -87,14 +88,12 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     wanted = shares(skeleton, read_headers(checkpoint), config.model.name, STORAGE_BYTES[plan.storage])
     prepare_files(plan, world, wanted, say)
     plan = plan.with_steps(config.train.max_steps or data.train.steps(config.train.epochs))
-    said = f"{plan.steps} steps in {plan.precision} on {world.world_size} x {hardware.name}, {plan.zero.strategy}"
-    said += f" ({plan.reason})" if plan.reason else ""
-    for line in (*plan.notes, *unknown, *data.report(), said):
+    for line in (*plan.notes, *unknown, *data.report(), _in_short(plan, world, hardware)):
         say(line)
 
     record = Record(run, world, say)
-    grace_s, file = config.train.stop_grace_s, config.train.stop_file
-    stop = StopRequest(grace_s, file, ends_at, record.stop_key, world.speaks)
+    asking = files_that_ask(config, os.environ)
+    stop = StopRequest(config.train.stop_grace_s, asking, ends_at, record.stop_key, world.speaks)
     with stop, recorded(record):
         seed_random(config.train.seed, world.rank)
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
@@ -116,7 +115,15 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         record.interrupt()
     if note := plain_peft_note(config.model):
         say(note)
-    progress = record.progress
+    return _outcome(record.progress, run)
+
+
+def _in_short(plan: Plan, world: World, hardware: Hardware) -> str:
+    said = f"{plan.steps} steps in {plan.precision} on {world.world_size} x {hardware.name}, {plan.zero.strategy}"
+    return said + (f" ({plan.reason})" if plan.reason else "")
+
+
+def _outcome(progress: Progress, run: RunFolder) -> Outcome:
     after = progress.last_eval if progress.kept_eval is None else progress.kept_eval
     return Outcome("finished", progress.step, progress.first_eval, after, f"{run.store.url}/adapter")
 

@@ -48,13 +48,15 @@ class World:
     job_id: str | None = None
     local_world_size: int = 0
     """Ranks on this node; 0 means all of them."""
+    attempt: int | None = None
+    """How often the scheduler had started this job again, which it does after it ended the job; None: nobody counts."""
     even: bool = True
     """Whether every node has as many, as far as the ranks have told each other."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], local_rank: int | None = None) -> Self:
         """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed, accelerate, Ray), LOCAL_WORLD_SIZE (deepspeed:
-        LOCAL_SIZE) and SLURM_JOB_ID.
+        LOCAL_SIZE) SLURM_JOB_ID and SLURM_RESTART_COUNT, which is set from the first restart on.
 
         Args:
             env: the environment; nothing else is looked at.
@@ -65,7 +67,7 @@ class World:
         """
         numbers = {}
         names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", local_rank or 0), ("LOCAL_SIZE", 0)
-        for name, default in (*names, ("LOCAL_WORLD_SIZE", 0)):
+        for name, default in (*names, ("LOCAL_WORLD_SIZE", 0), ("SLURM_RESTART_COUNT", 0)):
             text = env.get(name, str(default))
             if not (text.isascii() and text.isdecimal()):
                 raise InputError(f"The environment's {name} is {text!r}, expected a number. Unset it or use a launcher")
@@ -74,7 +76,9 @@ class World:
             raise InputError(f"RANK is {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']}, expected less")
         whole = numbers["WORLD_SIZE"]
         here = numbers["LOCAL_WORLD_SIZE"] or numbers["LOCAL_SIZE"]
-        return cls(numbers["RANK"], whole, numbers["LOCAL_RANK"], env.get("SLURM_JOB_ID"), here)
+        job = env.get("SLURM_JOB_ID")
+        attempt = numbers["SLURM_RESTART_COUNT"] if job else None
+        return cls(numbers["RANK"], whole, numbers["LOCAL_RANK"], job, here, attempt)
 
     @property
     def ranks_per_node(self) -> int:

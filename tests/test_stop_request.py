@@ -12,7 +12,19 @@ import pytest
 
 from job.config import RunConfig, parse_config
 from job.errors import InputError
-from job.stop import NAMES, STOP_FILE, STOP_KEY, TIME_LIMIT, WORDS, CutShort, StopRequest, limits, out_of_time
+from job.stop import (
+    NAMES,
+    STOP_FILE,
+    STOP_KEY,
+    TIME_LIMIT,
+    WARNING,
+    WORDS,
+    CutShort,
+    StopRequest,
+    files_that_ask,
+    limits,
+    out_of_time,
+)
 from tests.test_config import LEAST
 
 
@@ -36,7 +48,7 @@ def test_a_stop_file_that_appears_asks_and_stays_the_reason(
     tmp_path: Path, no_terminal: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "stop"
-    with StopRequest(stop_file=str(file)) as stop:
+    with StopRequest(files={str(file): STOP_FILE}) as stop:
         assert stop.asked is None
         file.touch()
         assert stop.asked == STOP_FILE
@@ -50,8 +62,8 @@ def test_a_stop_file_that_appears_asks_and_stays_the_reason(
 
 def test_a_stop_file_where_storage_falters_is_no_stop_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert StopRequest(stop_file=str(tmp_path / "file/below")).asked is None
-    assert StopRequest(stop_file="x" * 5000).asked is None
+    assert StopRequest(files={str(tmp_path / "file/below"): STOP_FILE}).asked is None
+    assert StopRequest(files={"x" * 5000: STOP_FILE}).asked is None
 
 
 def test_a_key_asks_by_its_word_and_is_not_looked_for_again() -> None:
@@ -68,9 +80,32 @@ def test_only_the_rank_that_speaks_says_that_it_stops(capsys: pytest.CaptureFixt
 
 
 def test_ranks_have_a_word_for_everything_and_a_signal_is_the_reason_they_agree_on() -> None:
-    assert {STOP_FILE, STOP_KEY, TIME_LIMIT, *NAMES} == set(WORDS)
+    others = (STOP_FILE, STOP_KEY, TIME_LIMIT, WARNING)
+    assert {*others, *NAMES} == set(WORDS)
     assert len(set(WORDS)) == len(WORDS)
-    assert all(WORDS.index(name) > WORDS.index(word) for name in NAMES for word in (STOP_FILE, STOP_KEY, TIME_LIMIT))
+    assert all(WORDS.index(name) > WORDS.index(word) for name in NAMES for word in others)
+
+
+def test_the_schedulers_warning_is_a_file_beside_the_users_own(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    config = parse_config(f"{LEAST}\ntrain: {{stop_file: {mine}}}")
+    assert files_that_ask(parse_config(LEAST), {}) == {}
+    files = files_that_ask(config, {"QLORA_WARNING_FILE": str(theirs)})
+    theirs.touch()
+    assert StopRequest(files=files).asked == WARNING
+    mine.touch()
+    assert StopRequest(files=files).asked == STOP_FILE
+
+
+def test_signals_that_a_launcher_blocks_are_heard_within(no_terminal: None) -> None:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)  # while the model loads
+        with StopRequest() as stop:
+            assert stop.asked == "SIGTERM"
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,18 @@ SLURM = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}
         ({"RANK": "3", "WORLD_SIZE": "8"}, 2, World(3, 8, 2)),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 2, World(3, 8, 1)),
         ({}, 0, World()),
-        (SLURM, None, World(job_id="77")),
+        (SLURM, None, World(job_id="77", attempt=0)),
+        (SLURM | {"SLURM_RESTART_COUNT": "2"}, None, World(job_id="77", attempt=2)),
     ],
-    ids=["alone", "torchrun", "deepspeed's argument", "variable before argument", "argument 0", "slurm names the job"],
+    ids=[
+        "alone",
+        "torchrun",
+        "deepspeed's argument",
+        "variable before argument",
+        "argument 0",
+        "slurm names the job",
+        "slurm restarts",
+    ],
 )
 def test_the_launcher_s_variables_say_who_this_is(env: Mapping[str, str], local_rank: int | None, world: World) -> None:
     assert World.from_env(env, local_rank) == world
