@@ -6,6 +6,7 @@ hosts' own /run: it goes with them, and its sockets' paths stay short. Being pro
 
 import os
 import secrets
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -132,20 +133,20 @@ class Cluster:
         """Wait until the job was put back into the queue this often, and runs again."""
         self.until(lambda: self.restarts(job_id) >= restarts and self.state(job_id) == "RUNNING", timeout_s)
 
-    def until(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
-        """Wait for what is neither a state nor a restart."""
-        wait_until(condition, timeout_s, lambda: f"still not so\n{self.command('squeue').stdout}\n{self.logs()}")
-
-    def hurry(self, job_id: int, timeout_s: float = 90) -> None:
-        """Let a requeued job start again as soon as what it ran before has ended, and wait until it runs."""
+    def hurry(self, job_id: int, restarts: int = 1, timeout_s: float = 90) -> None:
+        """The same, without its wait in the queue: it starts as soon as what it ran before has ended."""
 
         def runs() -> bool:
             state = self.state(job_id)
             if state == "PENDING":
                 self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now")
-            return state == "RUNNING" and self.restarts(job_id) > 0
+            return state == "RUNNING" and self.restarts(job_id) >= restarts
 
         self.until(runs, timeout_s)
+
+    def until(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
+        """Wait for what is neither a state nor a restart."""
+        wait_until(condition, timeout_s, lambda: f"still not so\n{self.command('squeue').stdout}\n{self.logs()}")
 
     def node_state(self, name: str) -> str:
         """idle, mixed, allocated, down, ..., with SLURM's marks: down* does not answer."""
@@ -209,7 +210,7 @@ def _node(host: Host, gpus: int, cpus: int, memory_mb: int) -> str:
 
 def _make_gpus(folder: Path, nodes: Mapping[str, int]) -> None:
     for number in range(max(nodes.values())):
-        os.mknod(folder / f"gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))  # each is another /dev/null
+        os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # each is another /dev/null
     lines = [f"NodeName={name} Name=gpu File={folder}/gpu[0-{count - 1}]\n" for name, count in nodes.items() if count]
     (folder / "gres.conf").write_text("".join(lines))
 
