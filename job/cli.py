@@ -3,11 +3,15 @@
 import io
 import logging
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from job import __version__
+from job.cli_jobs import jobs
+from job.cli_words import Config, Settings
+from job.cli_words import load as _load
+from job.cli_words import say as _say
 from job.errors import InputError, Interrupted, JobError, OutputError
 
 app = typer.Typer(
@@ -21,11 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 75 interrupted, 130 second Ctrl-C.",
 )
-
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run file, YAML; see configs/.")]
-Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that win over the file's.")
-]
+app.add_typer(jobs)
 
 
 def _print_version(wanted: bool) -> None:
@@ -118,6 +118,36 @@ def plan(
     else:
         for line in outlook.lines():
             typer.echo(line)
+
+
+@app.command()
+def preflight(
+    context: typer.Context,
+    config: Config,
+    settings: Settings = None,
+    report: Annotated[bool, typer.Option("--report", help="Print what this node is, a line of JSON, alone.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Report the first free port from here on.")] = 29500,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that each stage of the exchange may take.")] = 40.0,
+    nodes: Annotated[str, typer.Option(metavar="A,B,...", help="Names of the nodes in the order of ranks.")] = "",
+    verdict: Annotated[str | None, typer.Option(metavar="FILE", help="Write the verdict there too, as JSON.")] = None,
+) -> None:
+    """Check nodes before a run holds them: versions, GPUs, memory, clocks, storage, all-reduce. Names the bad ones.
+
+    Alone it checks this machine, started by a launcher all nodes.
+
+    Example: deepspeed --hostfile hostfile --module job preflight runs.yaml
+    """
+    from pathlib import Path
+
+    run = _load(config, settings)
+    from job.preflight.verb import Options
+    from job.preflight.verb import preflight as check
+
+    named = [name for name in nodes.split(",") if name]
+    options = Options(report, port, timeout, named, Path(verdict) if verdict else None)
+    code = check(run, options, context.obj, sys.argv[1:], _say, typer.echo)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -221,25 +251,11 @@ def config(
         raise typer.BadParameter("Give --schema or --explain KEY")
 
 
-def _load(path: str, settings: list[str] | None) -> Any:
-    from job.config import load_config, load_dotenv_file
-
-    load_dotenv_file()  # before any library reads HF_ENDPOINT or keys
-    read = load_config(path, settings or ())
-    if read.model.trust_remote_code:
-        _say("Warning: model.trust_remote_code runs Python code from the checkpoint with all your rights")
-    return read
-
-
 def _asked() -> str:
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def main() -> None:

@@ -2,8 +2,10 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import psutil
@@ -40,6 +42,48 @@ def connect(world: World, device: str) -> None:
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // world.ranks_per_node, 1))
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def meet(world: World, limit_s: float) -> Any:
+    """A store at the address where the group will be opened, with a connection of its own: it tells who has come
+    before there is a group, which needs all of them.
+
+    Args:
+        limit_s: seconds until the first rank, which holds the store, has to be there.
+
+    Raises:
+        InputError: the environment does not say where.
+        JobError: it cannot be reached, or its port is taken.
+    """
+    if world.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    _check_address()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun holds it itself
+    try:
+        if not holds:
+            _reach(address, port, limit_s)
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, None, holds, timedelta(seconds=limit_s), wait_for_workers=False, multi_tenant=True
+        )
+    except (OSError, RuntimeError) as fault:
+        said = str(fault).splitlines()[0]
+        cure = "Use another port" if holds else f"Is {address} up, and can this host connect to it?"
+        what = "cannot be listened on" if holds else f"could not be reached within {limit_s:g} s"
+        raise JobError(f"the first rank's {address}:{port} {what} ({said}). {cure}") from fault
+
+
+def _reach(address: str, port: int, limit_s: float) -> None:
+    """Wait until something listens there: torch does so too, and writes pages about each try."""
+    end = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(end - time.monotonic(), 1.0)).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
 
 
 def _check_address() -> None:

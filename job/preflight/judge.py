@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median_low
 
 from job.preflight.facts import Facts
@@ -26,6 +26,13 @@ class Verdict:
 
     faults: Mapping[str, Sequence[str]]
     warnings: Mapping[str, Sequence[str]]
+    general: Sequence[str] = ()
+    """What fails among all of them and is no single node's fault: leaving one out would not help."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing speaks against the run."""
+        return not self.faults and not self.general
 
     @property
     def bad(self) -> tuple[str, ...]:
@@ -34,15 +41,16 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """What people read: a sentence once, with the nodes that it is about in front."""
-        return [*_grouped(self.faults, ""), *_grouped(self.warnings, "Warning: ")]
+        return [*self.general, *_grouped(self.faults, ""), *_grouped(self.warnings, "Warning: ")]
 
     def to_json(self) -> str:
-        """For launchers: {"faults": {node: [sentence]}, "warnings": {node: [sentence]}}."""
-        return json.dumps({"faults": self.faults, "warnings": self.warnings}, ensure_ascii=False)
+        """For launchers: {"faults": {node: [sentence]}, "warnings": {node: [sentence]}, "general": [sentence]}."""
+        return json.dumps(asdict(self), ensure_ascii=False)
 
     def joined(self, other: "Verdict") -> "Verdict":
         """Both."""
-        return Verdict(_joined(self.faults, other.faults), _joined(self.warnings, other.warnings))
+        faults, warnings = _joined(self.faults, other.faults), _joined(self.warnings, other.warnings)
+        return Verdict(faults, warnings, [*self.general, *other.general])
 
 
 def judge(facts: Sequence[Facts], wanted: Sequence[str]) -> Verdict:

@@ -1,0 +1,238 @@
+"""All-reduces before a run: each node alone, neighbours in pairs, all together; right, and how fast."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from job.config import RunConfig
+from job.errors import JobError
+from job.group import connect, disconnect, lost_peer
+from job.hardware import this_hardware
+from job.preflight.facts import Facts
+from job.preflight.findings import (
+    Found,
+    absent,
+    broken,
+    hung,
+    judge_devices,
+    judge_rounds,
+    read_found,
+    report,
+)
+from job.preflight.judge import Verdict, judge
+from job.preflight.limit import within
+from job.preflight.meeting import GRACE_S, Ended, Meeting
+from job.preflight.probe import SMI_S, STORAGE_S, node_name, probe
+from job.preflight.rounds import Group, Node, Round, group_of, nodes_of, rounds_of
+from job.world import World
+
+LIMIT_S = 40.0
+SIZE = {"cuda": 256 << 20, "cpu": 4 << 20}
+"""Bytes of an all-reduce: on a GPU enough that bandwidth counts and not latency."""
+TIMES = 5
+REPORT_S = STORAGE_S + 2 * SMI_S + GRACE_S
+"""What a node's report may take."""
+PARTING_S = 5.0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for: the run, seconds for each stage, names of the nodes in the order of ranks (or none), and the
+    port that the nodes' reports are to begin with."""
+
+    config: RunConfig
+    limit_s: float
+    nodes: Sequence[str]
+    port: int
+
+
+def check(asked: Asked, world: World, say: Say) -> Verdict:
+    """Compare the nodes and let the ranks exchange. The first rank's verdict says what was found, the others' no more
+    than that there was something.
+
+    The process has to end by `leave` afterwards: a thread of it may hang for good.
+
+    Args:
+        say: hears the first rank's report.
+
+    Raises:
+        JobError: the ranks cannot meet, or the first rank fell silent.
+    """
+    device, fault = "cpu", ""
+    try:
+        device = within(asked.limit_s, partial(this_hardware, world.local_rank)).device
+    except (JobError, RuntimeError, TimeoutError) as found:  # RuntimeError: CUDA's
+        fault = _first_line(found)
+    meeting = Meeting(world, asked.limit_s)
+    try:
+        return _Check(asked, world, device, meeting).run(fault, say)
+    except Ended as ended:
+        return Verdict({}, {}, [str(ended)])
+    finally:
+        with suppress(JobError):  # the first rank is gone, which has been said
+            meeting.part(PARTING_S)
+
+
+def leave(code: int) -> None:
+    """End the process, whatever of it hangs; after a good check the group is closed first."""
+    if code == 0:
+        disconnect()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class _Check:
+    """The stages. In each, ranks post what they found, the first one decides, and all hear how to go on."""
+
+    def __init__(self, asked: Asked, world: World, device: str, meeting: Meeting):
+        self.asked, self.world, self.device, self.meeting = asked, world, device, meeting
+        self.nodes: tuple[Node, ...] = ()
+
+    def run(self, fault: str, say: Say) -> Verdict:
+        """All stages; see `check`."""
+        verdict = self._arrive(fault)
+        if verdict.ok:
+            verdict = self._compare(say)
+        if verdict.ok:
+            verdict = verdict.joined(self._exchange(say))
+        return verdict
+
+    def _arrive(self, fault: str) -> Verdict:
+        """Who came, where, and on what."""
+        world, limit_s = self.world, self.asked.limit_s
+        place = [node_name(os.environ), world.local_rank, self.device, fault]
+        self.meeting.post("arrival", json.dumps(place))
+        if world.rank:
+            told = json.loads(self.meeting.hear("arrival", 2 * limit_s + GRACE_S))
+            self.nodes = tuple(Node(name, tuple(ranks)) for name, ranks in told)
+            return Verdict({}, {})
+        came = self.meeting.collect("arrival", range(world.world_size), limit_s)
+        missing = [rank for rank in range(world.world_size) if rank not in came]
+        if missing:
+            verdict = absent(missing, world.world_size, world.ranks_per_node, self.asked.nodes, limit_s)
+        else:
+            places = [json.loads(came[rank]) for rank in range(world.world_size)]
+            self.nodes = nodes_of([(name, local) for name, local, _, _ in places], self.asked.nodes)
+            verdict = judge_devices(self.nodes, [(device, why) for _, _, device, why in places])
+        self.meeting.decide(
+            "arrival", json.dumps([(node.name, node.ranks) for node in self.nodes]) if verdict.ok else ""
+        )
+        return verdict
+
+    def _compare(self, say: Say) -> Verdict:
+        """What the nodes say about themselves, each by its first rank."""
+        firsts = {node.ranks[0]: node.name for node in self.nodes}
+        if self.world.rank in firsts:
+            self.meeting.post("reports", probe(self.asked.config, os.environ, self.asked.port, say).to_json())
+        if self.world.rank:
+            self.meeting.hear("reports", REPORT_S + GRACE_S)
+            return Verdict({}, {})
+        came = self.meeting.collect("reports", firsts, REPORT_S)
+        silent = {name: [f"no report within {REPORT_S:g} s"] for rank, name in firsts.items() if rank not in came}
+        facts = [replace(Facts.parse(line), node=firsts[rank]) for rank, line in came.items()]
+        verdict = Verdict(silent, {}).joined(judge(facts, ()))
+        self.meeting.decide("reports", "on" if verdict.ok else "")
+        return verdict
+
+    def _exchange(self, say: Say) -> Verdict:
+        """All rounds, as far as they can go."""
+        fault = ""
+        try:
+            within(self.asked.limit_s, partial(connect, self.world, self.device))
+        except Exception as found:  # torch and its backends raise many kinds
+            fault = _first_line(found)
+        results = []
+        for number, round_ in enumerate(rounds_of(self.nodes)):
+            found_there = self._round(f"round {number} ({round_.name})", round_, fault)
+            results.append((round_, found_there))
+            if self.world.rank == 0 and broken(found_there, self.world.world_size):
+                break
+        if self.world.rank:
+            self.meeting.hear("verdict", GRACE_S)
+            return Verdict({}, {})
+        for line in report(SIZE[self.device], results):
+            say(line)
+        verdict = judge_rounds(self.nodes, results, self.device == "cuda", self.asked.limit_s)
+        self.meeting.decide("verdict", "on" if verdict.ok else "")
+        return verdict
+
+    def _round(self, stage: str, round_: Round, fault: str) -> dict[int, Found]:
+        """One round: what each rank found, on the first; the others have their own alone."""
+        group = group_of(round_, self.world.rank)
+        mine = Found(fault=fault)
+        if group and not fault:
+            mine = self._measured(group)
+        self.meeting.post(stage, mine.to_json())
+        limit_s = self.asked.limit_s + GRACE_S
+        if self.world.rank:
+            self.meeting.hear(stage, limit_s + GRACE_S)
+            return {self.world.rank: mine}
+        notes = self.meeting.collect(stage, range(self.world.world_size), limit_s)
+        found = {rank: read_found(note) for rank, note in notes.items()}
+        self.meeting.decide(stage, "" if broken(found, self.world.world_size) else "on")
+        return found
+
+    def _measured(self, group: Group) -> Found:
+        try:
+            return within(self.asked.limit_s, partial(_exchange, group.ranks, self.world, self.device))
+        except TimeoutError:
+            return Found(fault=hung(self.asked.limit_s))
+        except Exception as fault:  # torch and its backends raise many kinds
+            return Found(fault=_first_line(fault), lost_peer=lost_peer(fault))
+
+
+def _exchange(ranks: Sequence[int], world: World, device: str) -> Found:
+    """All-reduce among these ranks: once to warm up, then timed, each time from fresh numbers that are checked before
+    and after.
+
+    The bus bandwidth is nccl-tests' (doc/PERFORMANCE.md there): 2(n-1)/n * bytes / time, which is what a link carries
+    whatever the number n of ranks; here of the median time.
+    """
+    if device == "cuda":
+        torch.cuda.set_device(world.local_rank)  # a thread has its own
+    # named by their ranks, so that nobody but them need wait
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    nbytes = SIZE[device]
+    base = (torch.arange(nbytes // 4, dtype=torch.int32, device=device) % 251).float()
+    own = float(world.rank % 64)  # whole numbers, and sums that fp32 holds exactly on up to 50 thousand ranks
+    expected = base * len(ranks) + float(sum(rank % 64 for rank in ranks))
+    buffer = torch.empty_like(base)
+    tick = torch.zeros(1, device=device)
+    before = after = 0
+    times = []
+    for _ in range(1 + TIMES):
+        torch.add(base, own, out=buffer)
+        before = max(before, int((buffer - own != base).sum()))
+        dist.all_reduce(tick, group=group)  # all begin at once: who waits would measure the others' checking
+        _wait(device)
+        begun = time.perf_counter()
+        dist.all_reduce(buffer, group=group)
+        _wait(device)
+        times.append(time.perf_counter() - begun)
+        after = max(after, int((buffer != expected).sum()))
+    count = len(ranks)
+    gbps = 2 * (count - 1) / count * nbytes / median(times[1:]) / 1e9
+    return Found(gbps, before, after)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _first_line(fault: BaseException) -> str:
+    lines = str(fault).strip().splitlines()
+    return f"{type(fault).__name__}: {lines[0][:300] if lines else ''}"
