@@ -15,7 +15,7 @@ from tests.forked import Done, run
 from tests.s3 import S3
 
 RunFile = Callable[..., Path]
-VERBS = ("train", "data", "compare", "chat", "config")
+VERBS = ("train", "data", "compare", "chat", "config", "submit", "status", "logs", "cancel")
 
 
 def test_help_names_every_verb_the_first_steps_and_the_exit_codes() -> None:
