@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 
 from job.config import RunConfig
 from job.errors import InputError, OutputError
 from job.launch.slurm.commands import ask
 from job.launch.slurm.jobs import Job
 from job.launch.slurm.request import address
-from job.launch.slurm.watch import Run, jobs_of, read_run, run_of
+from job.launch.slurm.watch import Run, config_of, jobs_of, read_run, run_of
 from job.lease import STOP_KEY
 from job.store import Store, reason
 
@@ -68,13 +69,20 @@ def _end(job: Job, config: RunConfig | None, now: bool, say: Say) -> None:
     run = run_of(job, config)
     if run is None:
         raise InputError(f"job {job.id} has not said yet where its run writes. Wait a moment, or end it with --now")
-    if run.status is None and not run.fault:
+    if not run.fault and _not_begun(job, run):
         _scancel(job)
         say(f"job {job.id} is cancelled; its run had not begun, so there was nothing to save")
         return
-    _ask(run, config)
+    _ask(run, config or config_of(job))
     say(f"job {job.id} was asked to save and stop: {run.url}/{STOP_KEY} is there now. {WHAT_THEN}")
     say(f"to end it at once: qlora cancel --job {job.id} --now")
+
+
+def _not_begun(job: Job, run: Run) -> bool:
+    """Whether this start of the job has not come to its run yet, which would remove an earlier stop key."""
+    if run.status is None or run.status.state != "running":
+        return True
+    return datetime.fromisoformat(run.status.updated).timestamp() < float(job.about().get("begun", 0))
 
 
 def _ask(run: Run, config: RunConfig | None) -> None:

@@ -18,7 +18,7 @@ LOOK_S, ASK_S = 1.0, 5.0
 MOST_LINES = 60
 BATCH = "batch"
 _RANKED = re.compile(r"\[(\d+)\] ?(.*)")
-_ERROR = re.compile(r"[\w.]*(Error|Exception)\b.*|Traceback \(most recent call last\):")
+_ERROR = re.compile(r"[\w.]*(Error|Exception)(: .*)?$|Traceback \(most recent call last\):$")
 _CHAINED = ("During handling of the above", "The above exception was", "Traceback (most recent call last)")
 _FOLLOWS = re.compile(
     r"another rank ended|lost_peer|ncclRemoteError|DistBackendError|[Cc]onnection (closed|reset|refused)|Broken pipe"
@@ -41,32 +41,38 @@ class Failure:
         return any(_FOLLOWS.search(line) for line in self.lines)
 
 
-def first_failure(logs: dict[str, str]) -> Failure | None:
+def first_failure(logs: dict[str, str], last_start: bool = False) -> Failure | None:
     """What failed first, by the logs of all nodes: their lines bear no time, so the first of each node is looked at,
     and one that is no consequence of another rank's end counts.
 
     Args:
         logs: by node, lines beginning with `[rank] `.
+        last_start: the logs are of a job that was started again, and go on in the same files: each rank's last error
+            counts.
     """
-    found = [failure for node, text in logs.items() for failure in _failures(node, text)]
+    found = [failure for node, text in logs.items() for failure in _failures(node, text, last_start)]
     return next((failure for failure in found if not failure.follows), next(iter(found), None))
 
 
-def _failures(node: str, text: str) -> Iterator[Failure]:
-    """The first error of each rank, in the order in which they stand there."""
+def _failures(node: str, text: str, last_start: bool) -> list[Failure]:
+    """An error of each rank, in the order in which they stand there."""
     by_rank: dict[str, list[str]] = {}
-    begun: list[str] = []
     for line in text.splitlines():
-        if not (ranked := _RANKED.match(line)):
+        if (ranked := _RANKED.match(line)) is None:
             continue
         rank, said = ranked.groups()
-        if rank in by_rank:
-            by_rank[rank].append(said)
-        elif _ERROR.match(said):
+        chained = bool(by_rank.get(rank)) and (_within(by_rank[rank]) or not by_rank[rank][-1].strip())
+        if _ERROR.match(said) and (rank not in by_rank or (last_start and not chained)):
+            by_rank.pop(rank, None)  # those that come later stand behind
             by_rank[rank] = [said]
-            begun.append(rank)
-    for rank in begun:
-        yield Failure(node, rank, tuple(_first_block(by_rank[rank])))
+        elif rank in by_rank:
+            by_rank[rank].append(said)
+    return [Failure(node, rank, tuple(_first_block(lines))) for rank, lines in by_rank.items()]
+
+
+def _within(lines: list[str]) -> bool:
+    """Whether the last line is one of a traceback, whose exception is still to come."""
+    return lines[-1].startswith((" ", "Traceback"))
 
 
 def _first_block(lines: list[str]) -> list[str]:
@@ -109,7 +115,8 @@ class Files:
 
     def failure(self) -> Failure | None:
         """What failed first, by all logs that are there."""
-        return first_failure({name: path.read_text(errors="replace") for name, path in self.paths().items()})
+        logs = {name: path.read_text(errors="replace") for name, path in self.paths().items()}
+        return first_failure(logs, last_start=self.job.restarts > 0)
 
     def news(self, all_of_it: bool = False) -> Iterator[str]:
         """Whole lines that were written since the last look, each behind its node's name.

@@ -12,6 +12,7 @@ import job
 from job.config import RunConfig, load_config
 from job.config.urls import unsigned
 from job.errors import ConfigError, InputError
+from job.launch.slurm.sweep import settings_of
 
 ONE_NODE, MORE_NODES, SWEEP = "single_node.sbatch", "zero3_2node.sbatch", "array_sweep.sbatch"
 SITE = "QLORA_SITE"
@@ -124,7 +125,7 @@ def make_request(config: RunConfig, path: str, words: Sequence[str], wanted: Wan
             )
     options = [f"--job-name={job_name(config)}", f"--comment={address(config.output.url)}"]
     if wanted.sweep is not None:
-        options.append(f"--array=0-{len(sweep_runs(path, words, wanted.sweep)) - 1}")
+        options.append(f"--array=1-{len(sweep_runs(path, words, wanted.sweep))}")
     for name in ("nodes", "gpus_per_node", "cpus_per_task", "time", "partition", "account"):
         value = getattr(wanted, name)
         if value is not None:
@@ -144,39 +145,27 @@ def make_request(config: RunConfig, path: str, words: Sequence[str], wanted: Wan
 
 
 def sweep_runs(path: str, words: Sequence[str], sweep: str) -> list[RunConfig]:
-    """The runs of a sweep, in its order: each line of the file holds settings that win over `words`.
+    """The runs of a sweep, in the order of its tasks, which count from 1.
 
     Raises:
-        InputError: the file is missing, has no line, a line is wrong, or two runs have one output folder.
+        InputError: the file is missing, has no line with settings, or a line is wrong.
     """
     try:
-        text = Path(sweep).read_text(encoding="utf-8")
+        lines = [line.strip() for line in Path(sweep).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as fault:
-        raise InputError(
-            f"{sweep}: cannot be read as text ({fault}). Give a file with settings, a line a run"
-        ) from fault
-    runs: dict[str, RunConfig] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
+        raise InputError(f"{sweep}: cannot be read ({fault}). Give a text file with settings, a line a run") from fault
+    count = sum(bool(line) and not line.startswith("#") for line in lines)
+    if not count:
+        raise InputError(f"{sweep}: has no line with settings. Write a line a run, such as lora.rank=8 train.seed=1")
+    runs = []
+    for task in map(str, range(1, count + 1)):
         try:
-            run = load_config(path, [*words, *shlex.split(line)])
-        except ValueError as fault:  # shlex: a quote that is not closed
-            raise InputError(
-                f"{sweep} line {number}: {fault}. Write section.key=value words, quoted as in a shell"
-            ) from fault
+            runs.append(load_config(path, settings_of(path, Path(sweep), task, words)))
         except ConfigError as fault:
-            raise ConfigError(f"{sweep} line {number}", fault.faults) from fault
-        if runs.setdefault(address(run.output.url), run) is not run:
-            raise InputError(
-                f"{sweep} line {number}: output.url {address(run.output.url)} is another line's already, expected one "
-                "a run. Give each line its own output.url"
-            )
-    if not runs:
-        raise InputError(
-            f"{sweep}: has no line with settings. Write a line a run, such as lora.rank=8 output.url=runs/r8"
-        )
-    return list(runs.values())
+            raise ConfigError(f"{sweep}, line of task {task}", fault.faults) from fault
+        except ValueError as fault:  # a quote that is not closed
+            raise InputError(f"{sweep}, line of task {task}: {fault}. Quote as in a shell") from fault
+    return runs
 
 
 def _further(option: str) -> str:

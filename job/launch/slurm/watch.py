@@ -174,23 +174,21 @@ def standings(config: RunConfig | None, job_id: str | None) -> list[Standing]:
 
 def run_of(job: Job, config: RunConfig | None) -> Run | None:
     """The run of a job: where its job.json says, else where the settings or the job's comment say."""
-    said = job.about()
-    if said.get("output"):
-        url = address(str(said["output"]), Path(job.folder))
-        if config is not None and address(config.output.url) == url:
-            return read_run(url, config)
-        return read_run(url, _config_of(job, said) or config)
-    if job.is_task:  # each has its own output, which it has not told yet
+    if output := job.about().get("output"):
+        url = address(str(output), Path(job.folder))
+        same = config is not None and address(config.output.url) == url
+        return read_run(url, config if same else config_of(job) or config)
+    _, _, task = job.id.partition("_")
+    if task and not task.isdecimal():  # several runs
         return None
-    if config is not None:
-        return read_run(address(config.output.url), config)
-    return read_run(job.comment, None) if job.comment else None
+    url = address(config.output.url) if config is not None else job.comment
+    return read_run(f"{url}/{task}".rstrip("/"), config) if url else None
 
 
-def _config_of(job: Job, said: Mapping[str, Any]) -> RunConfig | None:
-    """The settings of a job's run file, for how its storage is reached; None when they cannot be read."""
+def config_of(job: Job) -> RunConfig | None:
+    """The settings that a job began with, for how its storage is reached; None when they cannot be read."""
     try:
-        path, *settings = map(str, said["words"])
+        path, *settings = map(str, job.about()["words"])
         return load_config(os.path.join(job.folder, path), settings)
     except (ConfigError, KeyError, TypeError, ValueError):
         return None

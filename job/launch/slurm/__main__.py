@@ -1,0 +1,146 @@
+"""What the batch scripts in slurm/ ask on the first node of a job; each answer is one line on stdout.
+
+python -m job.launch.slurm open FOLDER CONFIG [section.key=value ...]    go, or done
+python -m job.launch.slurm nodes FOLDER [--leave-out] [--only-warn]      address, port and names of the nodes
+python -m job.launch.slurm close FOLDER CODE                             done, again, stopped or failed, and a code
+python -m job.launch.slurm faults FOLDER                                 what failed first
+python -m job.launch.slurm sweep CONFIG FILE TASK [section.key=value ...]  a setting a line
+python -m job.launch.slurm keep FOLDER                                   (the environment, for ranks over ssh)
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from job.config import RunConfig, load_config, load_dotenv_file
+from job.errors import InputError, JobError
+from job.launch.slurm.allocation import HOSTFILE, Start, address_of_first, hostfile, nodes_of
+from job.launch.slurm.logs import first_failure
+from job.launch.slurm.outcome import outcome
+from job.launch.slurm.rank import ENVIRONMENT
+from job.launch.slurm.sweep import settings_of
+from job.preflight.facts import Facts
+from job.preflight.judge import judge
+from job.run_folder import RunFolder
+
+ALLOCATION, FACTS, WARNING = "allocation", "facts.jsonl", "warning"
+NEW_START = "--- start "
+THEIR_OWN = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "CUDA_VISIBLE_DEVICES", "SLURMD_", "SLURM_NODEID")
+"""Variables of which each node or rank has its own, by their beginnings."""
+OF_THE_HOST = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "TMPDIR", "SSH_", "SLURM_LOCALID", "SLURM_PROCID", "_")
+
+
+def open_job(folder: Path, words: Sequence[str]) -> str:
+    """Whether there is something to do, before any rank starts.
+
+    Raises:
+        InputError: the settings are wrong, or the output folder is another run's.
+    """
+    config = _config(words)
+    run = RunFolder(config)
+    if run.already_finished():
+        _say(f"This run is finished already ({run.status.step if run.status else 0} steps): {run.store.url}")
+        return "done"
+    step = run.status.step if run.status else 0
+    identity = os.environ["SLURM_JOB_ID"]
+    Start(identity, tuple(words), config.output.url, float(int(time.time())), step).save(folder)
+    return "go"
+
+
+def nodes(folder: Path, options: Sequence[str]) -> str:
+    """Judge what the nodes said, and write the hostfile.
+
+    Raises:
+        JobError: a node is bad.
+        InputError: none is left.
+    """
+    start = Start.read(folder)
+    allocation = (folder / ALLOCATION).read_text()
+    facts = [Facts.parse(line) for line in (folder / FACTS).read_text().splitlines() if line.startswith("{")]
+    verdict = judge(facts, [line.split()[0] for line in allocation.splitlines()])
+    for line in verdict.lines():
+        _say(line)
+    without: Sequence[str] = ()
+    if verdict.bad and "--leave-out" in options:
+        without = verdict.bad
+        _say(f"left out: {', '.join(without)}")
+    elif verdict.bad and "--only-warn" not in options:
+        bad = ", ".join(verdict.bad)
+        raise JobError(f"{bad}: see above. Exclude with sbatch --exclude={bad}, or set QLORA_LEAVE_OUT=1")
+    found = nodes_of(allocation, facts, _config(start.words).parallel.processes, without)
+    (folder / HOSTFILE).write_text(hostfile(found))
+    replace(start, nodes=found).save(folder)
+    ports = {one.node: one.port for one in facts}
+    address = address_of_first(found, os.environ.get("SLURMD_NODENAME", ""))
+    return f"{address} {ports.get(found[0].name, 0)} {','.join(node.name for node in found)}"
+
+
+def close_job(folder: Path, code: int) -> str:
+    """What comes next, by what the run recorded."""
+    start = Start.read(folder)
+    run = RunFolder(_config(start.words))
+    status = run.status
+    this_start = status is not None and datetime.fromisoformat(status.updated).timestamp() >= start.begun
+    found = outcome(status, this_start, start.step, (folder / WARNING).exists(), code)
+    _say(f"{run.store.url}: {found.why}")
+    return f"{found.verdict} {found.code}"
+
+
+def faults(folder: Path) -> str:
+    """What failed first in this start of the job; its logs go on from one start to the next."""
+    logs = {node.name: folder / f"{node.name}.log" for node in Start.read(folder).nodes}
+    texts = {name: log.read_text(errors="replace") for name, log in logs.items() if log.exists()}
+    found = first_failure({name: text.rpartition(NEW_START)[2] for name, text in texts.items()})
+    if found is None:
+        return f"no rank said why; see {folder}/*.log"
+    return "\n".join([f"what failed first, on {found.node}:", *(f"[{found.rank}] {line}" for line in found.lines)])
+
+
+def keep_environment(folder: Path) -> str:
+    """Write the environment down for ranks that get none from their launcher. Secrets are in it: the file is its
+    owner's alone, and the batch script removes it."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(THEIR_OWN) and name not in OF_THE_HOST
+    }
+    file = folder / ENVIRONMENT
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        json.dump(kept, out)
+    return str(file)
+
+
+def _config(words: Sequence[str]) -> RunConfig:
+    load_dotenv_file()
+    return load_config(words[0], words[1:])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(verb: str, *words: str) -> None:
+    """Answer one question."""
+    folder = Path(words[0] if words else ".")
+    answers: dict[str, Callable[[], str]] = {
+        "open": lambda: open_job(folder, words[1:]),
+        "nodes": lambda: nodes(folder, words[1:]),
+        "close": lambda: close_job(folder, int(words[1])),
+        "faults": lambda: faults(folder),
+        "sweep": lambda: "\n".join(settings_of(words[0], Path(words[1]), words[2], words[3:])),
+        "keep": lambda: keep_environment(folder),
+    }
+    if verb not in answers:
+        raise InputError(f"{verb}: expected one of {', '.join(answers)}")
+    print(answers[verb]())
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except JobError as fault:
+        _say(f"{type(fault).__name__}: {fault}")
+        sys.exit(fault.exit_code)

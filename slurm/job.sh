@@ -1,0 +1,208 @@
+# shellcheck shell=bash
+# What the batch scripts here have in common, on the first node of their job. Each step is one function:
+#
+#   settle     this cluster's settings (site.sh), the environment or image, the folder of the job
+#   open_job   are the settings right, and is there anything left to do
+#   preflight  what each node is; hostfile, address and port; then all ranks speak to each other
+#   launch     DeepSpeed's launcher on each node, by srun; or over ssh, by pdsh
+#   close_job  by what the run recorded: done, once more, or failed
+#
+# SLURM warns before the time is over or a job is preempted (--signal): a file tells the ranks, wherever they are.
+
+set -uo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export demo=$here/../configs/smollm2-135m-demo.yaml # the run file when none is named
+
+refuse() {
+  echo "$*" >&2
+  exit 2
+}
+
+warn_ranks() {
+  if [[ -n ${folder:-} && ! -e $folder/warning ]]; then
+    echo "$(date -Is) SLURM gives notice: the run is asked to save and end"
+    touch "$folder/warning"
+  fi
+}
+
+settle() {
+  local log site=${QLORA_SITE:-$here/site.sh}
+  if [[ -r $site ]]; then
+    # shellcheck source=/dev/null
+    . "$site" || refuse "$site failed"
+  elif [[ -n ${QLORA_SITE:-} ]]; then
+    refuse "QLORA_SITE: there is no file $site"
+  fi
+  launcher=${QLORA_LAUNCHER:-srun}
+  [[ $launcher == srun || $launcher == pdsh ]] || refuse "QLORA_LAUNCHER is $launcher, expected srun or pdsh"
+  export SLURM_EXPORT_ENV=ALL # after sbatch --export=..., steps would get no more than that
+  local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  folder=$PWD/qlora-${id:-$SLURM_JOB_ID}
+  mkdir -p "$folder" || refuse "$folder cannot be made. Submit from a folder that all nodes share and that is yours"
+  rm -f "$folder/warning"
+  export QLORA_WARNING_FILE=$folder/warning
+  scontrol show hostnames "$SLURM_JOB_NODELIST" >"$folder/names"
+  scontrol --oneliner show node "$SLURM_JOB_NODELIST" |
+    sed -nE 's/^NodeName=([^ ]+) .*Gres=([^ ]+) .*NodeAddr=([^ ]+) .*/\1 \3 \2/p' >"$folder/known"
+  # in the order of the job's list: name, address, GPUs and the like
+  awk 'NR == FNR { known[$1] = $0; next } { print ($1 in known) ? known[$1] : $1 " " $1 " (null)" }' \
+    "$folder/known" "$folder/names" >"$folder/allocation"
+  rm "$folder/names" "$folder/known"
+  # tells when the time is over, so that a run whose steps are long stops before the notice
+  if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    local end
+    end=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -nE 's/.* EndTime=([^ ]+) .*/\1/p')
+    end=$(date -d "$end" +%s 2>/dev/null) && export SLURM_JOB_END_TIME=$end
+  fi
+  for log in "$folder"/*.log; do
+    [[ ! -e $log ]] || echo "--- start ${SLURM_RESTART_COUNT:-0}, $(date -Is)" >>"$log"
+  done
+  find_python
+}
+
+# Sets python, steps (options of srun) and inside (what goes in front of a command to run it in the image).
+find_python() {
+  steps=(--export=ALL --ntasks-per-node=1 --kill-on-bad-exit=1)
+  local cpus=${SLURM_CPUS_PER_TASK:-}
+  [[ ${SLURM_JOB_CPUS_PER_NODE:-,} == *,* ]] || cpus=${cpus:-${SLURM_CPUS_ON_NODE:-}}
+  [[ -z $cpus ]] || steps+=(--cpus-per-task="$cpus") # srun takes none over from sbatch
+  inside=()
+  if [[ -n ${QLORA_CONTAINER:-} ]]; then
+    python=${QLORA_PYTHON:-python3}
+    local options=()
+    read -ra options <<<"${QLORA_CONTAINER_OPTIONS:-}"
+    case ${QLORA_CONTAINER_RUNTIME:-apptainer} in
+      apptainer | singularity)
+        inside=("${QLORA_CONTAINER_RUNTIME:-apptainer}" exec --nv --bind "$PWD" "${options[@]}" "$QLORA_CONTAINER") ;;
+      pyxis) steps+=(--container-image="$QLORA_CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD"
+        "${options[@]}") ;;
+      *) refuse "QLORA_CONTAINER_RUNTIME is $QLORA_CONTAINER_RUNTIME, expected apptainer, singularity or pyxis" ;;
+    esac
+    [[ $launcher == srun ]] || refuse "QLORA_LAUNCHER=pdsh starts ranks outside of the image. Use srun"
+    return
+  fi
+  local venv=${QLORA_VENV:-$here/../.venv}
+  python=${QLORA_PYTHON:-$venv/bin/python}
+  [[ -x $python ]] || refuse "There is no $python. Set QLORA_VENV in $here/site.sh to an environment on all nodes"
+  PATH=$(dirname "$python"):$PATH
+}
+
+# Runs a module on this node.
+on_first() {
+  if [[ ${QLORA_CONTAINER:+${QLORA_CONTAINER_RUNTIME:-}} == pyxis ]]; then
+    srun "${steps[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "$python" -m "$@"
+  else
+    "${inside[@]}" "$python" -m "$@"
+  fi
+}
+
+# Waits for a command as long as it takes; a trapped signal ends `wait`, not the command.
+attended() {
+  "$@" &
+  local launching=$! code
+  while
+    wait "$launching"
+    code=$?
+    ((code > 128)) && kill -0 "$launching" 2>/dev/null
+  do :; done
+  return "$code"
+}
+
+open_job() {
+  local answer
+  answer=$(on_first job.launch.slurm open "$folder" "$@") || exit
+  [[ $answer != "done" ]] || exit 0
+}
+
+preflight() {
+  local checks=${QLORA_PREFLIGHT:-full} options=() answer
+  case $checks in
+    full | nodes) [[ -z ${QLORA_LEAVE_OUT:-} ]] || options+=(--leave-out) ;;
+    off) options+=(--only-warn) ;;
+    *) refuse "QLORA_PREFLIGHT is $checks, expected full, nodes or off" ;;
+  esac
+  attended timeout --kill-after=10 "${QLORA_PREFLIGHT_S:-90}" srun "${steps[@]}" --kill-on-bad-exit=0 \
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" "${inside[@]}" "$python" -m job preflight "$@" \
+    --report --port $((12000 + SLURM_JOB_ID % 20000)) >"$folder/facts.jsonl" # below what systems give out themselves
+  answer=$(on_first job.launch.slurm nodes "$folder" "${options[@]}") || exit
+  read -r address port names <<<"$answer"
+  if [[ $checks == full && ! -e $folder/warning ]]; then
+    launch preflight || exit 1
+  fi
+}
+
+# launch VERB: runs `qlora VERB` with the job's words in all ranks.
+launch() {
+  local common=(--hostfile "$folder/hostfile" --master_addr "$address" --master_port "$port" --quiet)
+  local ranks=(--module job.launch.slurm.rank "$folder" "$1") count
+  count=$(wc -l <"$folder/hostfile")
+  if [[ $launcher == pdsh ]]; then
+    on_first job.launch.slurm keep "$folder" >/dev/null || return
+    attended "$python" -m job.launch.slurm.node "$folder" deepspeed "${common[@]}" "${ranks[@]}"
+    local code=$?
+    end_ranks
+    return $code
+  fi
+  attended srun "${steps[@]}" --nodes="$count" --ntasks="$count" --nodelist="$names" "${inside[@]}" \
+    "$python" -m job.launch.slurm.node "$folder" \
+    deepspeed "${common[@]}" --no_ssh '--node_rank={node_rank}' "${ranks[@]}"
+}
+
+# What ssh started is not SLURM's to end. This job's processes alone name its folder.
+end_ranks() {
+  [[ $launcher == pdsh && -n ${names:-} ]] || return 0
+  rm -f "$folder/environment.json"
+  # shellcheck disable=SC2016 # there
+  srun --overlap "${steps[@]}" --kill-on-bad-exit=0 --nodes="$count" --ntasks="$count" --nodelist="$names" \
+    bash -c 'pkill -KILL -f -- "$0"; true' "[j]ob[.]launch[.]slurm[.]rank .*$folder "
+}
+
+close_job() {
+  local answer verdict code
+  # on a signal of its own the job is over, whoever sent it, and SLURM has decided what becomes of it
+  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit 75
+  answer=$(on_first job.launch.slurm close "$folder" "$1") || exit
+  read -r verdict code <<<"$answer"
+  case $verdict in
+    again)
+      trap '' USR1 TERM # requeuing sends TERM, too
+      echo "$(date -Is) start again: requeued"
+      if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 60 # SLURM ends this script
+      else
+        echo "SLURM does not requeue this job. Submit it again: it goes on where it was" >&2
+      fi
+      ;;
+    failed) on_first job.launch.slurm faults "$folder" >&2 ;;
+  esac
+  exit "$code"
+}
+
+# run_job CONFIG [section.key=value ...]
+run_job() {
+  trap warn_ranks USR1 TERM
+  trap end_ranks EXIT
+  settle
+  if [[ $1 == "$demo" ]]; then
+    cd "$here/.." || exit 2 # its rows and model are named from there
+  fi
+  echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}: $*"
+  open_job "$@"
+  preflight "$@"
+  echo "$(date -Is) starts on $names; follow it with: tail -f $folder/*.log"
+  if [[ -e $folder/warning ]]; then
+    close_job 75
+  fi
+  launch train
+  close_job $?
+}
+
+# sweep_job CONFIG SWEEP [section.key=value ...]: run_job with the settings of this task
+sweep_job() {
+  local answer settings
+  settle
+  answer=$(on_first job.launch.slurm sweep "$1" "$2" "$SLURM_ARRAY_TASK_ID" "${@:3}") || exit
+  mapfile -t settings <<<"$answer"
+  run_job "$1" "${settings[@]}"
+}
