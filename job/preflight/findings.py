@@ -97,8 +97,8 @@ def _unfinished(group: Group, found: Mapping[int, Found], home: Mapping[int, str
     if gone:
         return Verdict(_by_node(dict.fromkeys(gone, "ended, or fell silent, in the all-reduce"), home), {})
     failed = {rank: found[rank] for rank in group.ranks if found[rank].fault}
-    own = {rank: one for rank, one in failed.items() if not one.lost_peer}
-    if own and not all(one.fault == hung(limit_s) for one in own.values()):
+    own = {rank: one for rank, one in failed.items() if not one.lost_peer and one.fault != hung(limit_s)}
+    if own:
         return Verdict(_by_node({rank: f"the all-reduce failed: {one.fault}" for rank, one in own.items()}, home), {})
     why = next(iter(failed.values())).fault
     return _blamed(group, f"the all-reduce of {group} failed: {why}")
@@ -205,7 +205,9 @@ def report(nbytes: int, results: Results) -> list[str]:
         else:
             middle = median_low(speeds.values())
             lines.append(f"  {round_.name}: {middle:.3g} GB/s (median), {speeds[slowest]:.3g} GB/s of {slowest}")
-    return lines if len(lines) > 1 else ["one rank: nothing to exchange with"]
+    if len(lines) > 1:
+        return lines
+    return ["one rank: nothing to exchange with"] if sum(len(found) for _, found in results) == 1 else []
 
 
 def _by_node(said: Mapping[int, str], home: Mapping[int, str]) -> dict[str, list[str]]:
