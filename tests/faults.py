@@ -5,6 +5,7 @@ with proxied(s3, seed=0) as (flaky, faults):
     Store("s3://bucket/x", Storage(**flaky.storage)).write("a", b"x")
 
 Signatures cover the Host header, which is passed on as it is: clients are pointed at the proxy, the server sees that.
+Where a header is dropped that a signature covers, the request is signed anew.
 """
 
 import http.client
@@ -17,11 +18,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.s3 import S3
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from tests.s3 import KEY, S3, SECRET
 
 STATUS = {"SlowDown": 503, "InternalError": 500, "ExpiredToken": 400, "InvalidToken": 400}
 """HTTP status of S3's error codes, as AWS answers; 403 for others."""
@@ -41,9 +48,13 @@ class Faults:
         deny: S3's error code that refuses every request, such as ExpiredToken or AccessDenied; off is empty.
         truncate: the bodies of the next so many GETs are cut in the middle while Content-Length says more.
         lose_answer: the next so many PUTs and POSTs are passed on, and the connection is cut instead of an answer.
-        drop_headers: names of request headers that the server does not get, in lower case; unsigned ones only.
+        refuse_new: HTTP status and S3's error code that refuse the next puts of files that must be new.
+        drop_headers: names of request headers that the server does not get, in lower case.
+        ahead_s: seconds that the server's clock is ahead of ours, in what it says of a file (Last-Modified).
         only: part of a path; requests for others pass unharmed.
+        only_key: the name of a key; requests with others pass unharmed.
         requests: how many there were, by method.
+        puts_of_new: how many of them were puts of files that must be new (If-None-Match).
         given: how many faults were given, by the attribute's name.
         log: "METHOD path" of each request, in the order of arrival.
     """
@@ -56,19 +67,24 @@ class Faults:
     deny: str = ""
     truncate: int = 0
     lose_answer: int = 0
+    refuse_new: list[tuple[int, str]] = field(default_factory=list)
     drop_headers: frozenset[str] = frozenset()
+    ahead_s: float = 0.0
     only: str = ""
+    only_key: str = ""
     requests: Counter[str] = field(default_factory=Counter)
+    puts_of_new: int = 0
     given: Counter[str] = field(default_factory=Counter)
     log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._chance, self._lock = random.Random(self.seed), threading.Lock()
 
-    def saw(self, method: str, path: str) -> None:
+    def saw(self, method: str, path: str, new: bool) -> None:
         """Count a request."""
         with self._lock:
             self.requests[method] += 1
+            self.puts_of_new += new
             self.log.append(f"{method} {path}")
 
     def gives(self, name: str) -> bool:
@@ -110,15 +126,20 @@ class _Pass(BaseHTTPRequestHandler):
 
     def _be_silent(self) -> None:
         faults = self.server.faults
-        if faults.only in self.path and faults.gives("silent"):
+        if self._harmed() and faults.gives("silent"):
             while faults.silent:
                 time.sleep(0.02)
+
+    def _harmed(self) -> bool:
+        faults = self.server.faults
+        return faults.only in self.path and faults.only_key in self.headers.get("Authorization", "")
 
     def _pass(self) -> None:
         faults = self.server.faults
         self._be_silent()
-        faults.saw(self.command, self.path)
-        harmed = faults.only in self.path
+        new = "If-None-Match" in self.headers
+        faults.saw(self.command, self.path, new)
+        harmed = self._harmed()
         if harmed and faults.gives("down"):
             self._cut(reset=True)
             return
@@ -126,9 +147,11 @@ class _Pass(BaseHTTPRequestHandler):
         if harmed and faults.gives("delay_s"):
             time.sleep(faults.delay_s)
         if harmed and faults.gives("deny"):
-            self._refuse(faults.deny)
+            self._refuse(STATUS.get(faults.deny, 403), faults.deny)
         elif harmed and faults.gives("share_503"):
-            self._refuse("SlowDown")
+            self._refuse(503, "SlowDown")
+        elif harmed and new and faults.gives("refuse_new"):
+            self._refuse(*faults.refuse_new.pop(0))
         else:
             self._answer(*self._ask(body), harmed)
 
@@ -148,13 +171,11 @@ class _Pass(BaseHTTPRequestHandler):
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         """The server's status, headers and body."""
-        left_out = OF_THE_CONNECTION | self.server.faults.drop_headers
         connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                if name.lower() not in left_out:
-                    connection.putheader(name, value)
+            for name, value in self._headers(body).items():
+                connection.putheader(name, value)
             if body or "Content-Length" in self.headers:
                 connection.putheader("Content-Length", str(len(body)))
             connection.endheaders(body)
@@ -163,6 +184,18 @@ class _Pass(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
+    def _headers(self, body: bytes) -> dict[str, str]:
+        """What the server gets, signed anew where something signed is dropped."""
+        theirs = {name: value for name, value in self.headers.items() if name.lower() not in OF_THE_CONNECTION}
+        kept = {name: value for name, value in theirs.items() if name.lower() not in self.server.faults.drop_headers}
+        signed = theirs.get("Authorization", "").partition("SignedHeaders=")[2].partition(",")[0].split(";")
+        if not {name.lower() for name in theirs.keys() - kept.keys()} & set(signed):
+            return kept
+        del kept["Authorization"]
+        request = AWSRequest(self.command, f"{self.server.url}{self.path}", data=body, headers=kept)
+        S3SigV4Auth(Credentials(KEY, SECRET), "s3", "us-east-1").add_auth(request)
+        return dict(request.headers.items())
+
     def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, harmed: bool) -> None:
         faults = self.server.faults
         if harmed and self.command in ("PUT", "POST") and faults.gives("lose_answer"):
@@ -170,6 +203,8 @@ class _Pass(BaseHTTPRequestHandler):
             return
         self.send_response_only(status)
         for name, value in headers:
+            if name.lower() == "last-modified" and harmed and faults.gives("ahead_s"):
+                value = format_datetime(parsedate_to_datetime(value) + timedelta(seconds=faults.ahead_s), usegmt=True)
             if name.lower() not in OF_THE_CONNECTION or (self.command == "HEAD" and name.lower() == "content-length"):
                 self.send_header(name, value)
         if self.command != "HEAD" and status not in (204, 304):
@@ -181,9 +216,9 @@ class _Pass(BaseHTTPRequestHandler):
         else:
             self.wfile.write(body)
 
-    def _refuse(self, code: str) -> None:
+    def _refuse(self, status: int, code: str) -> None:
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code} by the proxy</Message></Error>".encode()
-        self.send_response_only(STATUS.get(code, 403))
+        self.send_response_only(status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,9 +19,9 @@ from job.holder import Holder
 from job.lease import FOLDER, STOP_KEY, Lease, NoLease, prove_conditional_puts
 from job.store import Store
 from tests.conftest import REPOSITORY
-from tests.proxy import Proxy, before
-from tests.s3 import ADMIN_KEY, ADMIN_SECRET, BUCKET, KEY, S3
-from tests.test_store import KINDS, make_store
+from tests.faults import Faults, proxied
+from tests.s3 import ADMIN_KEY, ADMIN_SECRET, KEY, S3
+from tests.stores import KINDS, make_store, store_at
 
 FIRST, SECOND = (f"{FOLDER}/0000000{number}.json" for number in (1, 2))
 WAITS = re.compile(r"output\.url: \S+ is held: waiting up to \d+ s to see whether (.+) is alive")
@@ -65,14 +63,10 @@ def shared(request: pytest.FixtureRequest) -> Store:
 
 
 @pytest.fixture
-def proxy(s3: S3) -> Iterator[Proxy]:
-    """A proxy before the S3 server."""
-    with before(s3) as running:
-        yield running
-
-
-def through(proxy: Proxy) -> Store:
-    return Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**proxy.storage))
+def flaky(s3: S3) -> Iterator[tuple[Store, Faults]]:
+    """A folder on the S3 server behind a proxy."""
+    with proxied(s3) as (server, faults):
+        yield store_at(server), faults
 
 
 class Process:
@@ -113,19 +107,21 @@ def holding(store: Store, **how: object) -> Iterator[Process]:
 
 
 @contextmanager
-def acquired(store: Store, job: str | None = None, ttl_s: float = 60.0) -> Iterator[tuple[Lease, list[str]]]:
+def acquired(
+    store: Store, job: str | None = None, ttl_s: float = 60.0, attempt: int | None = None
+) -> Iterator[tuple[Lease, list[str]]]:
     """A lease of this process and what was said before it came."""
     said: list[str] = []
-    lease = Lease.acquire(store, job, said.append, ttl_s)
+    lease = Lease.acquire(store, job, said.append, ttl_s, attempt)
     try:
         yield lease, said
     finally:
         lease.release()
 
 
-def elsewhere(job: str | None = None, ttl_s: float = 60.0) -> Holder:
+def elsewhere(job: str | None = None, ttl_s: float = 60.0, attempt: int | None = None) -> Holder:
     """A holder on another host."""
-    return replace(Holder.here(job, ttl_s), host="elsewhere", pid=12)
+    return replace(Holder.here(job, ttl_s, attempt), host="elsewhere", pid=12)
 
 
 def parsed(store: Store, name: str = FIRST) -> Holder:
@@ -240,16 +236,22 @@ def test_an_expired_lease_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_the_same_job_started_again_elsewhere_need_not_wait(store: Store) -> None:
-    store.write(FIRST, elsewhere("7").content())
-    with acquired(store, "7") as (_, said):
+    store.write(FIRST, elsewhere("7", attempt=0).content())
+    with acquired(store, "7", attempt=1) as (_, said):
         assert not said and store.child(FOLDER).names() == ["00000002.json"]
 
 
-@pytest.mark.parametrize("theirs, ours", [("7", "8"), (None, "7"), ("7", None), (None, None), ("", "")])
-def test_other_jobs_and_nameless_ones_wait(tmp_path: Path, theirs: str | None, ours: str | None) -> None:
+OTHERS = [(job, 0, own, 1) for job, own in (("7", "8"), (None, "7"), ("7", None), (None, None))]
+NOT_LATER = [("7", 1, "7", 1), ("7", 1, "7", 0), ("7", None, "7", 1), ("7", 0, "7", None), ("", None, "", None)]
+
+
+@pytest.mark.parametrize(("theirs", "their_attempt", "ours", "attempt"), OTHERS + NOT_LATER)
+def test_other_jobs_nameless_ones_and_those_not_started_again_since_wait(
+    tmp_path: Path, theirs: str | None, their_attempt: int | None, ours: str | None, attempt: int | None
+) -> None:
     store = Store(str(tmp_path))
-    store.write(FIRST, elsewhere(theirs, 1).content())
-    with acquired(store, ours) as (_, said):
+    store.write(FIRST, elsewhere(theirs, 1, their_attempt).content())
+    with acquired(store, ours, attempt=attempt) as (_, said):
         assert len(said) == 1
 
 
@@ -300,8 +302,8 @@ def test_a_lease_file_that_is_not_ours_any_more_is_a_lost_lease(store: Store, co
 
 
 def test_files_of_earlier_holders_that_come_late_go(store: Store) -> None:
-    store.write(SECOND, elsewhere("7").content())
-    with acquired(store, "7") as (lease, _):
+    store.write(SECOND, elsewhere("7", attempt=0).content())
+    with acquired(store, "7", attempt=1) as (lease, _):
         store.write(FIRST, elsewhere().content())
         lease.check()
         assert store.child(FOLDER).names() == ["00000003.json"]
@@ -381,43 +383,45 @@ def test_clocks_of_hosts_do_not_matter(shared: Store, hours: float) -> None:
 
 
 @pytest.mark.parametrize("hours", [-5, 5])
-def test_the_clock_of_the_storage_may_differ_from_ours(proxy: Proxy, hours: float) -> None:
-    store = through(proxy)
-    proxy.ahead = timedelta(hours=hours)
+def test_the_clock_of_the_storage_may_differ_from_ours(flaky: tuple[Store, Faults], hours: float) -> None:
+    store, faults = flaky
+    faults.ahead_s = 3600 * hours
     store.write(FIRST, elsewhere(ttl_s=5).content())
     with acquired(store) as (_, said):
         assert len(said) == 1
 
 
-def test_a_storage_that_fails_for_a_while_costs_nothing(proxy: Proxy) -> None:
-    store = through(proxy)
+def test_a_storage_that_fails_for_a_while_costs_nothing(flaky: tuple[Store, Faults]) -> None:
+    store, faults = flaky
     with acquired(store, ttl_s=0.4) as (lease, _):
-        proxy.denies = KEY
+        faults.deny = "AccessDenied"
         with pytest.raises(PermissionError):
             lease.check()
         time.sleep(0.5)
-        proxy.denies = None
+        faults.deny = ""
         before = parsed(store).renewals
         eventually(lambda: parsed(store).renewals > before)
         assert lease.lost is None
-        proxy.denies = KEY
+        faults.deny = "AccessDenied"
         lease.release()  # raises nothing
-        proxy.denies = None
+        faults.deny = ""
         assert store.exists(FIRST)
 
 
-def test_a_creation_whose_answer_is_lost_is_our_lease(proxy: Proxy) -> None:
-    store = through(proxy)
-    proxy.lost = 1
+def test_a_creation_whose_answer_is_lost_is_our_lease(flaky: tuple[Store, Faults]) -> None:
+    store, faults = flaky
+    faults.only, faults.lose_answer = FIRST, 1
     with acquired(store) as (lease, _):
-        assert proxy.lost == 0 and proxy.conditional == 2
+        assert faults.lose_answer == 0 and faults.puts_of_new == 2
         lease.check()
 
 
-def test_keys_that_end_during_the_run_are_read_anew(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = through(proxy)
+def test_keys_that_end_during_the_run_are_read_anew(
+    flaky: tuple[Store, Faults], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, faults = flaky
     with acquired(store, ttl_s=0.4) as (lease, _):
-        proxy.denies = KEY
+        faults.deny, faults.only_key = "AccessDenied", KEY
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", ADMIN_KEY)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ADMIN_SECRET)
         seen = Store(store.url, Storage(**store.storage.model_dump() | {"region": "eu-central-1"}))
@@ -475,27 +479,27 @@ def test_storage_that_honours_conditions_is_proven_and_left_empty(store: Store) 
     assert store.child(FOLDER).names() == []
 
 
-def test_storage_that_ignores_conditions_is_refused(proxy: Proxy) -> None:
-    proxy.forgets = True
-    store = through(proxy)
+def test_storage_that_ignores_conditions_is_refused(flaky: tuple[Store, Faults]) -> None:
+    store, faults = flaky
+    faults.drop_headers = frozenset({"if-none-match"})
     with pytest.raises(OutputError) as fault:
         prove_conditional_puts(store)
     assert str(fault.value) == (
         f"output.url: {store.url}: a file that must be new replaced another one, expected a refusal (If-None-Match: "
         "*). Use other storage, or set storage.lease: false, which gives up the protection against a second run"
     )
-    assert proxy.conditional == 2 and store.child(FOLDER).names() == []
+    assert faults.puts_of_new == 2 and store.child(FOLDER).names() == []
 
 
-def test_storage_that_refuses_conditions_is_refused(proxy: Proxy) -> None:
-    proxy.refusals = [(501, "NotImplemented")] * 9
-    store = through(proxy)
+def test_storage_that_refuses_conditions_is_refused(flaky: tuple[Store, Faults]) -> None:
+    store, faults = flaky
+    faults.refuse_new = [(501, "NotImplemented")] * 9
     with pytest.raises(OutputError) as fault:
         prove_conditional_puts(store)
     assert str(fault.value) == (
-        f"output.url: {store.url}: a file that must be new cannot be made: OSError: [Errno 38] NotImplemented. Check "
-        "that the folder can be written; if it can, use other storage, or set storage.lease: false, which gives up "
-        "the protection against a second run"
+        f"output.url: {store.url}: a file that must be new cannot be made: OSError: [Errno 38] NotImplemented by the "
+        "proxy. Check that the folder can be written; if it can, use other storage, or set storage.lease: false, which "
+        "gives up the protection against a second run"
     )
 
 

@@ -2,13 +2,11 @@
 
 import errno
 import os
-import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,19 +15,9 @@ import s3fs
 from job.config.running import Storage
 from job.store import Store, fs_options, is_url, open_text, reason
 from tests.conftest import REPOSITORY
-from tests.proxy import before
+from tests.faults import proxied
 from tests.s3 import BUCKET, KEY, S3, SECRET
-
-KINDS = ("file", "memory", "s3")
-
-
-def make_store(kind: str, request: pytest.FixtureRequest) -> Store:
-    if kind == "file":
-        return Store(str(request.getfixturevalue("tmp_path") / "folder"))
-    if kind == "memory":
-        return Store(f"memory://{secrets.token_hex(4)}/folder")
-    s3: S3 = request.getfixturevalue("s3")
-    return Store(f"s3://{BUCKET}/{secrets.token_hex(4)}/folder", Storage(**s3.storage))
+from tests.stores import KINDS, make_store, store_at
 
 
 @pytest.fixture(params=KINDS)
@@ -167,25 +155,26 @@ def test_of_racing_processes_one_creates_the_file(kind: str, request: pytest.Fix
 
 
 def test_a_creation_whose_answer_is_lost_is_still_ours(s3: S3) -> None:
-    with before(s3) as proxy:
-        store = Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**proxy.storage))
-        proxy.lost = 1
+    with proxied(s3) as (flaky, faults):
+        store = store_at(flaky)
+        faults.lose_answer = 1
         assert store.create("a", b"mine")
-        assert proxy.lost == 0 and proxy.conditional == 2  # the client asked again, and heard that it exists
-        proxy.lost = 1
+        assert faults.lose_answer == 0 and faults.puts_of_new == 2  # the client asked again, and heard that it exists
+        faults.lose_answer = 1
         assert not store.create("a", b"theirs")
-        assert store.read("a") == b"mine"
+        assert store.read("a") == b"mine" and faults.given["lose_answer"] == 2
 
 
 @pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
 def test_a_conflict_between_creations_is_tried_again(s3: S3, code: str) -> None:
-    with before(s3) as proxy:
-        store = Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**proxy.storage))
-        proxy.refusals = [(409, code)] * 2
+    with proxied(s3) as (flaky, faults):
+        store = store_at(flaky)
+        faults.refuse_new = [(409, code)] * 2
         assert store.create("a", b"mine") and store.read("a") == b"mine"
-        proxy.refusals = [(409, code)] * 2
+        faults.refuse_new = [(409, code)] * 2
         assert not store.create("a", b"theirs") and store.read("a") == b"mine"
-        proxy.refusals = [(409, code)] * 100
+        assert faults.given["refuse_new"] == 4
+        faults.refuse_new = [(409, code)] * 100
         with pytest.raises(OSError, match=code):
             store.create("b", b"mine")
 
@@ -222,9 +211,9 @@ def test_a_file_ages_and_a_write_makes_it_young(store: Store) -> None:
 
 @pytest.mark.parametrize("hours", [-5, 5])
 def test_the_age_is_by_the_clock_of_the_storage(s3: S3, hours: int) -> None:
-    with before(s3) as proxy:
-        store = Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**proxy.storage))
-        proxy.ahead = timedelta(hours=hours)
+    with proxied(s3) as (flaky, faults):
+        store = store_at(flaky)
+        faults.ahead_s = 3600 * hours
         store.write("a", b"x")
         assert abs(store.fs.modified(store.path("a")).timestamp() - time.time()) > 4 * 3600
         assert store.age_s("a") < 600

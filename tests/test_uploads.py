@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import re
-import secrets
 import subprocess
 import threading
 import time
@@ -19,12 +18,12 @@ import botocore.exceptions
 import pytest
 import s3fs
 
-from job.config.running import Storage
 from job.errors import JobError
 from job.store import Store
 from job.uploads import LONGEST_PAUSE_S, Uploads, passes, patiently, pause_s
 from tests.faults import Faults, proxied
-from tests.s3 import BUCKET, KEY, S3, SECRET
+from tests.s3 import KEY, S3, SECRET
+from tests.stores import store_at
 
 PATIENCE_S = 60.0
 FAILING = OSError(errno.EBUSY, "busy")
@@ -62,10 +61,6 @@ def store(flaky: tuple[S3, Faults]) -> Store:
 @pytest.fixture
 def faults(flaky: tuple[S3, Faults]) -> Faults:
     return flaky[1]
-
-
-def store_at(s3: S3) -> Store:
-    return Store(f"s3://{BUCKET}/{secrets.token_hex(4)}", Storage(**s3.storage))
 
 
 def writing(store: Store, name: str, content: bytes) -> Callable[[], None]:
