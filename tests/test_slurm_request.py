@@ -87,6 +87,7 @@ def test_a_script_here_wins_over_the_packages_and_brings_its_sites_settings(conf
     [
         (Wanted(script="mine.sbatch"), [], {}, "--script mine.sbatch: there is no such file"),
         (Wanted(options=("-J x",)), [], {}, "--option -J x: is no long option of sbatch. Write --option=--name=value"),
+        (Wanted(options=("--array=1-3",)), [], {}, "--array is set by qlora submit"),
         (Wanted(options=("--job-name=x",)), [], {}, "--job-name is set by qlora submit"),
         (Wanted(), [], {"QLORA_SITE": "gone.sh"}, "QLORA_SITE is gone.sh, and there is no such file"),
         (Wanted(sweep="gone"), [], {}, "gone: cannot be read"),

@@ -130,7 +130,7 @@ def make_request(config: RunConfig, path: str, words: Sequence[str], wanted: Wan
         value = getattr(wanted, name)
         if value is not None:
             options.append(f"--{name.replace('_', '-')}={value}")
-    options += [_further(option) for option in wanted.options]
+    options += [_further(option, wanted.sweep) for option in wanted.options]
     settings = {"QLORA_LAUNCHER": wanted.launcher, "QLORA_CONTAINER": wanted.container}
     script = _script(wanted)
     return Request(
@@ -168,13 +168,13 @@ def sweep_runs(path: str, words: Sequence[str], sweep: str) -> list[RunConfig]:
     return runs
 
 
-def _further(option: str) -> str:
+def _further(option: str, sweep: str | None) -> str:
     name = option.partition("=")[0]
     if not re.fullmatch(r"--[a-z][\w-]*", name):
         raise InputError(
             f"--option {option}: is no long option of sbatch. Write --option=--name=value, such as --option=--qos=high"
         )
-    if name in OURS:
+    if name in OURS and not (name == "--array" and sweep):  # some tasks, or some at once: the last one counts
         raise InputError(
             f"--option {option}: {name} is set by qlora submit, whose other verbs rely on it. Leave it out"
         )

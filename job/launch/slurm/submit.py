@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from job.config import RunConfig
-from job.errors import InputError, OutputError
+from job.errors import ConfigError, InputError, OutputError
 from job.launch.slurm.commands import ask
 from job.launch.slurm.jobs import find, show
 from job.launch.slurm.pending import in_words, never_starts
@@ -55,7 +55,10 @@ def _look_at(config: RunConfig, wanted: Wanted, done_is_fine: bool) -> None:
     gpus = wanted.gpus_per_node
     if gpus:
         ranks = (wanted.nodes or 1) * gpus
-        make_plan(config, World(world_size=ranks, local_world_size=gpus), Hardware("cuda", "", True, 80.0, gpus))
+        try:
+            make_plan(config, World(world_size=ranks, local_world_size=gpus), Hardware("cuda", "", True, 80.0, gpus))
+        except ConfigError as fault:
+            raise ConfigError(f"the settings for {ranks} ranks, {gpus} a node", fault.faults) from fault
     folder = RunFolder(config)
     if folder.already_finished() and not done_is_fine:
         steps = folder.status.step if folder.status else 0
@@ -84,7 +87,7 @@ def submit(request: Request, url: str, env: Mapping[str, str], say: Say) -> str:
             )
     answer = ask(*request.words(), site=request.site, env=env)
     if answer.code:
-        raise InputError(f"SLURM refused the job: {answer.reason}. {_cure(answer.err)}")
+        raise InputError(f"sbatch did not take the job: {answer.reason}. {_cure(answer.err)}")
     number = answer.out.strip().splitlines()[-1].partition(";")[0]  # behind it the cluster's name, where there are more
     for job in show(number):
         if never_starts(job.reason):

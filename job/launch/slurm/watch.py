@@ -169,7 +169,7 @@ def standings(config: RunConfig | None, job_id: str | None) -> list[Standing]:
         if folder is None:
             return without_slurm(config)
         jobs = [forgotten(folder)]
-    return [Standing(run_of(job, config), job) for job in jobs]
+    return [Standing(run_of(job, config), job) for job in sorted(jobs, key=lambda job: job.number)]
 
 
 def run_of(job: Job, config: RunConfig | None) -> Run | None:
