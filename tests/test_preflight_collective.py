@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from job.errors import JobError
-from job.preflight.findings import Found, absent, broken, hung, judge_devices, judge_rounds, read_found, report
+from job.preflight.findings import (
+    Found,
+    absent,
+    broken,
+    hung,
+    judge_devices,
+    judge_opening,
+    judge_rounds,
+    read_found,
+    report,
+)
 from job.preflight.judge import Verdict
 from job.preflight.rounds import Node, Round, nodes_of, rounds_of
 from tests.conftest import REPOSITORY
@@ -192,6 +202,20 @@ def test_ranks_without_a_device_are_named() -> None:
         "b": ["rank 1: computes on cpu, the first rank on cuda. Give all of them the same"],
         "c": ["rank 2: LOCAL_RANK is 1"],
     }
+
+
+def test_a_group_that_cannot_be_opened() -> None:
+    late, broken_one = Found(fault=hung(40)), Found(fault="RuntimeError: no interface")
+    three = dict.fromkeys(range(3), late)
+    assert judge_opening(four(), three, 40).faults == {
+        "d": ["rank 3: ended, or fell silent, when the group was opened"]
+    }
+    verdict = judge_opening(four(), {**three, 3: broken_one}, 40)
+    assert verdict.faults == {"d": ["rank 3: the group could not be opened: RuntimeError: no interface"]}
+    verdict = judge_opening(four(), {**three, 3: late}, 40)
+    assert not verdict.bad and verdict.general[0].startswith(
+        "the group of all ranks could not be opened: no end within 40 s. Look at the network between the nodes"
+    )
 
 
 def found_in(round_: Round, changed: Mapping[str, Found], usual: Found, size: int) -> dict[int, Found]:

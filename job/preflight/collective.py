@@ -24,6 +24,7 @@ from job.preflight.findings import (
     broken,
     hung,
     judge_devices,
+    judge_opening,
     judge_rounds,
     read_found,
     report,
@@ -32,7 +33,7 @@ from job.preflight.judge import Verdict, judge
 from job.preflight.limit import within
 from job.preflight.meeting import GRACE_S, Ended, Meeting
 from job.preflight.probe import SMI_S, STORAGE_S, node_name, probe
-from job.preflight.rounds import Group, Node, Round, group_of, nodes_of, rounds_of
+from job.preflight.rounds import Node, group_of, nodes_of, rounds_of
 from job.world import World
 
 LIMIT_S = 40.0
@@ -149,16 +150,16 @@ class _Check:
 
     def _exchange(self, say: Say) -> Verdict:
         """All rounds, as far as they can go."""
-        fault = ""
-        try:
-            within(self.asked.limit_s, partial(connect, self.world, self.device))
-        except Exception as found:  # torch and its backends raise many kinds
-            fault = _first_line(found)
+        opened = self._stage("the opening of the group", self._open)
+        if self.world.rank == 0 and broken(opened, self.world.world_size):
+            return judge_opening(self.nodes, opened, self.asked.limit_s)
         results = []
         for number, round_ in enumerate(rounds_of(self.nodes)):
-            found_there = self._round(f"round {number} ({round_.name})", round_, fault)
-            results.append((round_, found_there))
-            if self.world.rank == 0 and broken(found_there, self.world.world_size):
+            group = group_of(round_, self.world.rank)
+            act = partial(exchange, group.ranks, self.world, self.device) if group else Found
+            found = self._stage(f"round {number} ({round_.name})", act)
+            results.append((round_, found))
+            if self.world.rank == 0 and broken(found, self.world.world_size):
                 break
         if self.world.rank:
             self.meeting.hear("verdict", GRACE_S)
@@ -169,12 +170,18 @@ class _Check:
         self.meeting.decide("verdict", "on" if verdict.ok else "")
         return verdict
 
-    def _round(self, stage: str, round_: Round, fault: str) -> dict[int, Found]:
-        """One round: what each rank found, on the first; the others have their own alone."""
-        group = group_of(round_, self.world.rank)
-        mine = Found(fault=fault)
-        if group and not fault:
-            mine = self._measured(group)
+    def _open(self) -> Found:
+        connect(self.world, self.device)
+        return Found()
+
+    def _stage(self, stage: str, act: Callable[[], Found]) -> dict[int, Found]:
+        """What each rank's `act` found, on the first rank; the others have their own alone."""
+        try:
+            mine = within(self.asked.limit_s, act)
+        except TimeoutError:
+            mine = Found(fault=hung(self.asked.limit_s))
+        except Exception as fault:  # torch and its backends raise many kinds
+            mine = Found(fault=_first_line(fault), lost_peer=lost_peer(fault))
         self.meeting.post(stage, mine.to_json())
         limit_s = self.asked.limit_s + GRACE_S
         if self.world.rank:
@@ -185,16 +192,8 @@ class _Check:
         self.meeting.decide(stage, "" if broken(found, self.world.world_size) else "on")
         return found
 
-    def _measured(self, group: Group) -> Found:
-        try:
-            return within(self.asked.limit_s, partial(_exchange, group.ranks, self.world, self.device))
-        except TimeoutError:
-            return Found(fault=hung(self.asked.limit_s))
-        except Exception as fault:  # torch and its backends raise many kinds
-            return Found(fault=_first_line(fault), lost_peer=lost_peer(fault))
 
-
-def _exchange(ranks: Sequence[int], world: World, device: str) -> Found:
+def exchange(ranks: Sequence[int], world: World, device: str) -> Found:
     """All-reduce among these ranks: once to warm up, then timed, each time from fresh numbers that are checked before
     and after.
 

@@ -67,6 +67,33 @@ def judge_devices(nodes: Sequence[Node], devices: Sequence[tuple[str, str]]) -> 
     return Verdict(_by_node(said, {rank: node.name for node in nodes for rank in node.ranks}), {})
 
 
+def judge_opening(nodes: Sequence[Node], found: Mapping[int, Found], limit_s: float) -> Verdict:
+    """Who kept the ranks from opening their group: those that are gone, else those that failed by themselves, else
+    nobody in particular.
+
+    Args:
+        found: what each rank found; those that do not say are gone.
+        limit_s: seconds that a rank had for it.
+    """
+    home = {rank: node.name for node in nodes for rank in node.ranks}
+    gone = [rank for rank in home if rank not in found]
+    if gone:
+        return Verdict(_by_node(dict.fromkeys(gone, "ended, or fell silent, when the group was opened"), home), {})
+    failed = {rank: one for rank, one in found.items() if one.fault}
+    own = _by_themselves(failed, limit_s)
+    if own and len(own) < len(found):
+        said = {rank: f"the group could not be opened: {one.fault}" for rank, one in own.items()}
+        return Verdict(_by_node(said, home), {})
+    cure = "Look at the network between the nodes; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name its interface"
+    whys = {one.fault for one in failed.values()}
+    return Verdict({}, {}, [f"the group of all ranks could not be opened: {why}. {cure}" for why in sorted(whys)])
+
+
+def _by_themselves(failed: Mapping[int, Found], limit_s: float) -> dict[int, Found]:
+    """Those that waited for nobody."""
+    return {rank: one for rank, one in failed.items() if not one.lost_peer and one.fault != hung(limit_s)}
+
+
 def broken(found: Mapping[int, Found], size: int) -> bool:
     """Whether a round did not end on all ranks, so that there can be no other."""
     return len(found) < size or any(one.fault for one in found.values())
@@ -97,7 +124,7 @@ def _unfinished(group: Group, found: Mapping[int, Found], home: Mapping[int, str
     if gone:
         return Verdict(_by_node(dict.fromkeys(gone, "ended, or fell silent, in the all-reduce"), home), {})
     failed = {rank: found[rank] for rank in group.ranks if found[rank].fault}
-    own = {rank: one for rank, one in failed.items() if not one.lost_peer and one.fault != hung(limit_s)}
+    own = _by_themselves(failed, limit_s)
     if own:
         return Verdict(_by_node({rank: f"the all-reduce failed: {one.fault}" for rank, one in own.items()}, home), {})
     why = next(iter(failed.values())).fault
