@@ -87,6 +87,27 @@ def test_ranks_that_get_along_are_good_and_the_first_one_reports(run_file: RunFi
     assert not any(one.out or one.err for one in done[1:])
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [("torchrun", "--standalone", "--nproc-per-node=2", "-m"), ("deepspeed", "--num_gpus", "2", "--module")],
+    ids=lambda words: words[0],
+)
+def test_launchers_start_it(run_file: RunFile, launcher: tuple[str, ...]) -> None:
+    name, *words = launcher
+    port = ["--master_port", str(free_port())] if name == "deepspeed" else []
+    env = {**os.environ, **NO_GPU, "DS_ACCELERATOR": "cpu"}  # or deepspeed looks for GPUs before it starts anything
+    done = subprocess.run(
+        [Path(sys.executable).parent / name, *port, *words, "job", "preflight", run_file()],
+        env=env,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and GOOD in done.stdout.splitlines(), done
+    assert " alone: " in done.stdout
+
+
 def test_one_rank_has_nothing_to_exchange(run_file: RunFile) -> None:
     (done,) = run_ranks(1, "preflight", run_file())
     assert done.code == 0 and done.out.splitlines() == ["one rank: nothing to exchange with", GOOD], done

@@ -143,7 +143,7 @@ class _Check:
             return Verdict({}, {})
         came = self.meeting.collect("reports", firsts, REPORT_S)
         silent = {name: [f"no report within {REPORT_S:g} s"] for rank, name in firsts.items() if rank not in came}
-        facts = [replace(Facts.parse(line), node=firsts[rank]) for rank, line in came.items()]
+        facts = [_launched(Facts.parse(line), firsts[rank]) for rank, line in came.items()]
         verdict = Verdict(silent, {}).joined(judge(facts, ()))
         self.meeting.decide("reports", "on" if verdict.ok else "")
         return verdict
@@ -230,6 +230,13 @@ def exchange(ranks: Sequence[int], world: World, device: str) -> Found:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _launched(facts: Facts, node: str) -> Facts:
+    """The report under the name that the launcher's order gives the node. Where there are no GPUs, CUDA_VISIBLE_DEVICES
+    is no promise: deepspeed's launcher sets it to its ranks, on CPUs too."""
+    bare = not facts.devices and not facts.gpus
+    return replace(facts, node=node, promised=None if bare else facts.promised)
 
 
 def _first_line(fault: BaseException) -> str:
