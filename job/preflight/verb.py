@@ -45,7 +45,7 @@ def preflight(
 
     Raises:
         InputError: the environment or parallel.processes cannot be met.
-        JobError: ranks cannot meet.
+        JobError: ranks cannot meet, or do not end; the verdict's file cannot be written.
     """
     if options.report:
         show(probe(config, os.environ, options.port, say).to_json())
@@ -84,9 +84,9 @@ def _tell(verdict: Verdict, options: Options, show: Say) -> None:
 
 def _workers(count: int, words: Sequence[str], options: Options) -> int:
     """The check in workers of this machine; each ends by itself, for all its stages have a time limit."""
-    with socket.socket() as probe_:
-        probe_.bind(("127.0.0.1", 0))
-        port = probe_.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     running = []
     try:
@@ -95,6 +95,8 @@ def _workers(count: int, words: Sequence[str], options: Options) -> int:
             env = {"OMP_NUM_THREADS": "1", **os.environ, **numbers}
             running.append(subprocess.Popen([sys.executable, "-m", "job", *words], env=env))  # noqa: S603 - ourselves
         codes = [worker.wait(ALL_STAGES * options.timeout_s) for worker in running]
+    except subprocess.TimeoutExpired as fault:
+        raise JobError("preflight: a worker does not end by itself. Look at its GPU's driver (dmesg)") from fault
     finally:
         for worker in running:
             worker.kill()
