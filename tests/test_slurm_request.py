@@ -258,15 +258,19 @@ def test_what_failed_first_is_found_among_what_followed() -> None:
     assert alone and alone.follows and alone.rank == "0"
     several = first_failure({"n1": "[1] ConfigError: 2 problems in run.yaml\n[1]   a: b\n[1]   c: d\n[1] bye\n"})
     assert several and several.lines == ("ConfigError: 2 problems in run.yaml", "  a: b", "  c: d")
+    early = first_failure({"batch": "start\nJobError: n2: see above\nbye\n", "n1": "[0] fine\n"})
+    assert early and (early.rank, early.lines) == ("batch", ("JobError: n2: see above",))
     assert first_failure({"n1": "[0] Exception ignored in: x\n[0] no Error here\nTypeError: no rank\n"}) is None
 
 
 def test_after_a_restart_the_last_start_counts() -> None:
-    log = "[0] OutputError: old\n[1] JobError: old\n" + TRACEBACK + "[0] loss\n" + TRACEBACK.replace("second", "third")
-    failure = first_failure({"n1": log}, last_start=True)
-    assert failure and failure.lines == ("OutputError: old",), "rank 0 said nothing since"
-    failure = first_failure({"n1": TRACEBACK + TRACEBACK.replace("second", "third")}, last_start=True)
+    log = "[0] OutputError: old\n" + TRACEBACK + "--- start 1, 2026-11-21T15:00:00+00:00\n[0] loss\n"
+    assert first_failure({"n1": log}) is None
+    failure = first_failure({"n1": log + TRACEBACK.replace("second", "third")})
     assert failure and failure.lines[-1] == "RuntimeError: third" and len(failure.lines) == 9
+    batch = "2026-11-21T15:00:00+00:00 job 17 on n[1-2], start {}: run.yaml\nJobError: of start {}\n"
+    failure = first_failure({"batch": "".join(batch.format(n, n) for n in (0, 1)) + "[3] JobError: repeated\n"})
+    assert failure and failure.lines == ("JobError: of start 1",)
 
 
 def test_logs_are_read_on_by_whole_lines(tmp_path: Path) -> None:
@@ -294,7 +298,7 @@ def test_a_run_as_its_folder_shows_it(config: RunConfig, tmp_path: Path) -> None
     found = read_run(url, load_config("run.yaml", ["train.max_steps=null", "train.epochs=2"]))
     assert (found.step, found.steps, found.loss, found.eval_loss) == (4, 20, 0.5, 0.75)
     assert found.lines()[0] == f"run {url}: running, step 4 of 20, loss 0.5000, evaluation loss 0.7500"
-    assert "newest checkpoint: step 2; 1 restarts since" in found.lines()[1]
+    assert "newest checkpoint: step 2; restarts since: 1" in found.lines()[1]
     lost = Standing(found, Job("17", "x", "NODE_FAIL"))
     assert lost.orphaned and "its processes were lost" in lost.lines()[-1]
     assert lost.as_json()["run"]["status"]["checkpoint"] == 2 and lost.as_json()["job"]["state"] == "NODE_FAIL"

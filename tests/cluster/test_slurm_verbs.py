@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,7 @@ REQUEUED = (
     """
 if [[ -z ${SLURM_RESTART_COUNT:-} ]]; then
   say 0 "JobError: of the first start"
+  echo "--- start 1, now" >>"$folder/n1.log"
   scontrol requeue "$SLURM_JOB_ID"
   sleep 60
 fi
@@ -74,6 +75,7 @@ class Place:
 
     cluster: Cluster
     folder: Path
+    more: Mapping[str, str] = field(default_factory=dict)
 
     def script(self, text: str) -> None:
         """What the job shall do."""
@@ -87,7 +89,7 @@ class Place:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**OWN_ENV, "SLURM_CONF": str(self.cluster.folder / "slurm.conf")}
+        return {**OWN_ENV, "SLURM_CONF": str(self.cluster.folder / "slurm.conf"), **self.more}
 
     def submit(self, *words: str) -> int:
         """Submit it; the job's number."""
@@ -105,16 +107,16 @@ class Place:
         """Its exit code, and what it wrote."""
         return running.wait(90), (self.folder / "followed").read_text()
 
-    def until_it_says(self, words: str, *more: str) -> str:
+    def until_it_says(self, words: str, path: str = "run.yaml", timeout_s: float = 60) -> str:
         """What status says once that has `words` in it."""
         said = ""
 
         def says() -> bool:
             nonlocal said
-            said = self.qlora("status", "run.yaml", *more)
+            said = self.qlora("status", path)
             return words in said
 
-        wait_until(says, 60, lambda: f"{said}\n{self.cluster.logs()}")
+        wait_until(says, timeout_s, lambda: f"{said}\n{self.cluster.logs()}")
         return said
 
 
@@ -138,7 +140,8 @@ def place(cluster: Cluster, tmp_path: Path) -> Place:
 
 
 def test_a_run_is_submitted_watched_and_followed_to_its_end(place: Place) -> None:
-    place.script(FINISHES)
+    place.script("env >environment" + FINISHES)
+    (place.folder / ".env").write_text("HF_TOKEN=hf_secret\n")
     assert place.qlora("status", "run.yaml") == f"run {place.folder}/out: has not begun\n"
     number = place.submit("--time", "30")
     refused = place.qlora("submit", "slurm", "run.yaml", "--script", "job.sh", code=2)
@@ -150,6 +153,7 @@ def test_a_run_is_submitted_watched_and_followed_to_its_end(place: Place) -> Non
     (standing,) = json.loads(place.qlora("status", "--job", str(number), "--json"))
     assert standing["run"]["status"]["state"] == "running" and 0 < standing["job"]["left"] <= 1800
     code, log = place.followed(running)
+    assert "hf_secret" not in (place.folder / "environment").read_text(), "the job reads .env itself"
     assert code == 0 and "batch | start 0\n" in log and all(f"n1 | [0] step {n}\n" in log for n in (1, 2, 3)), log
     assert f"run {place.folder}/out: finished, step 3 of 3" in log and "failed first" not in log
     assert f"job {number}: COMPLETED" in place.qlora("status", "run.yaml")
@@ -185,6 +189,7 @@ def test_a_requeued_job_is_followed_through(place: Place) -> None:
     place.cluster.hurry(number)
     code, log = place.followed(running)
     assert code == 0 and "batch | start 0\n" in log and "batch | start 1\n" in log and "PENDING" in log, log
+    assert "failed first" not in place.qlora("logs", "run.yaml")
 
 
 def test_a_waiting_job_is_taken_out_of_the_queue(place: Place) -> None:
@@ -265,3 +270,19 @@ def refused_by_site(place: Place, *words: str) -> str:
     done = place.cluster.command(*words, cwd=place.folder, env={**place.env, "QLORA_SITE": "site.sh"})
     assert done.returncode == 2
     return done.stderr
+
+
+def test_a_real_run_is_watched_and_asked_to_stop(cluster: Cluster, run_of: Callable[..., Path], tmp_path: Path) -> None:
+    config = run_of("verbs", max_steps=100000)
+    place = Place(cluster, tmp_path, {"QLORA_PREFLIGHT": "nodes", "OMP_NUM_THREADS": "1"})
+    words = (str(config), "parallel.processes=1")
+    said = place.qlora("submit", "slurm", *words, "--nodes", "2", "--time", "1:00:00")
+    number = int(said.split()[1])
+    place.until_it_says(" of 100000, loss ", path=str(config), timeout_s=150)
+    logs = place.qlora("logs", str(config))
+    assert "batch | " in logs and "n1 | [0] " in logs and "n2 | " in logs and "failed first" not in logs, logs
+    assert "was asked to save and stop" in place.qlora("cancel", str(config))
+    cluster.wait(number, timeout_s=90)
+    said = place.qlora("status", "--job", str(number))
+    assert "interrupted (a stop key)" in said and "newest checkpoint: step" in said and "no checkpoint" not in said
+    assert cluster.restarts(number) == 0

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ LOOK_S, ASK_S = 1.0, 5.0
 """Seconds between two looks at the files, and between two questions to SLURM, whose controller serves everybody."""
 MOST_LINES = 60
 BATCH = "batch"
+_START = re.compile(r"^(?:--- start |\S+ job \d+ on .*, start )\d+.*$", re.MULTILINE)
+"""What the batch scripts write into the logs, which go on from one start of a job to the next."""
 _RANKED = re.compile(r"\[(\d+)\] ?(.*)")
 _ERROR = re.compile(r"[\w.]*(Error|Exception)(: .*)?$|Traceback \(most recent call last\):$")
 _CHAINED = ("During handling of the above", "The above exception was", "Traceback (most recent call last)")
@@ -41,38 +43,34 @@ class Failure:
         return any(_FOLLOWS.search(line) for line in self.lines)
 
 
-def first_failure(logs: dict[str, str], last_start: bool = False) -> Failure | None:
-    """What failed first, by the logs of all nodes: their lines bear no time, so the first of each node is looked at,
-    and one that is no consequence of another rank's end counts.
+def first_failure(logs: Mapping[str, str]) -> Failure | None:
+    """What failed first in the last start of a job: the lines of its logs bear no time, so the first error of each
+    rank is looked at, and one that is no consequence of another rank's end counts.
 
     Args:
-        logs: by node, lines beginning with `[rank] `.
-        last_start: the logs are of a job that was started again, and go on in the same files: each rank's last error
-            counts.
+        logs: by node, lines beginning with `[rank] `. That of BATCH counts when no rank said anything: it tells what
+            went wrong before they began, and repeats what they said.
     """
-    found = [failure for node, text in logs.items() for failure in _failures(node, text, last_start)]
+    nodes = {node: text for node, text in logs.items() if node != BATCH}
+    found = [failure for node, text in nodes.items() for failure in _failures(node, text)]
+    if not found and BATCH in logs:
+        found = _failures(BATCH, logs[BATCH], unranked=True)
     return next((failure for failure in found if not failure.follows), next(iter(found), None))
 
 
-def _failures(node: str, text: str, last_start: bool) -> list[Failure]:
-    """An error of each rank, in the order in which they stand there."""
+def _failures(node: str, text: str, unranked: bool = False) -> list[Failure]:
+    """The first error of each rank in the last start, in the order in which they stand there."""
     by_rank: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if (ranked := _RANKED.match(line)) is None:
+    for line in _START.split(text)[-1].splitlines():
+        ranked = _RANKED.match(line)
+        if bool(ranked) == unranked:
             continue
-        rank, said = ranked.groups()
-        chained = bool(by_rank.get(rank)) and (_within(by_rank[rank]) or not by_rank[rank][-1].strip())
-        if _ERROR.match(said) and (rank not in by_rank or (last_start and not chained)):
-            by_rank.pop(rank, None)  # those that come later stand behind
-            by_rank[rank] = [said]
-        elif rank in by_rank:
+        rank, said = ranked.groups() if ranked else (BATCH, line)
+        if rank in by_rank:
             by_rank[rank].append(said)
+        elif _ERROR.match(said):
+            by_rank[rank] = [said]
     return [Failure(node, rank, tuple(_first_block(lines))) for rank, lines in by_rank.items()]
-
-
-def _within(lines: list[str]) -> bool:
-    """Whether the last line is one of a traceback, whose exception is still to come."""
-    return lines[-1].startswith((" ", "Traceback"))
 
 
 def _first_block(lines: list[str]) -> list[str]:
@@ -115,8 +113,7 @@ class Files:
 
     def failure(self) -> Failure | None:
         """What failed first, by all logs that are there."""
-        logs = {name: path.read_text(errors="replace") for name, path in self.paths().items()}
-        return first_failure(logs, last_start=self.job.restarts > 0)
+        return first_failure({name: path.read_text(errors="replace") for name, path in self.paths().items()})
 
     def news(self, all_of_it: bool = False) -> Iterator[str]:
         """Whole lines that were written since the last look, each behind its node's name.
@@ -188,7 +185,8 @@ def _tell_failure(files: Files, put: Say) -> None:
     failure = files.failure()
     if failure is None:
         return
-    put(f"failed first: rank {failure.rank} on {failure.node}")
+    who = "the batch script" if failure.rank == BATCH else f"rank {failure.rank} on {failure.node}"
+    put(f"failed first: {who}")
     for line in failure.lines:
         put(f"  {line}")
     put("")

@@ -59,7 +59,7 @@ class Run:
         ]
         why = f" ({status.reason})" if status.reason else ""
         kept = f"newest checkpoint: step {status.checkpoint}" if status.checkpoint else "no checkpoint yet"
-        lost = f"; {status.restarts} restarts since" if status.restarts else ""
+        lost = f"; restarts since: {status.restarts}" if status.restarts else ""
         return [
             f"run {self.url}: {status.state}{why}, {', '.join([step, *losses])}",
             f"  {kept}{lost}; status written {status.updated}",
