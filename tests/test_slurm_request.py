@@ -157,6 +157,20 @@ def test_without_slurm_the_verbs_say_so_or_go_by_the_folder(config: RunConfig, t
     assert done.code == 0 and "asked to save and stop" in done.out and (tmp_path / "out/stop").exists()
 
 
+def test_a_slurm_that_does_not_answer_hides_no_run(config: RunConfig, tmp_path: Path) -> None:
+    for program in ("squeue", "scontrol", "sacct"):
+        (tmp_path / program).write_text("#!/bin/sh\necho 'error: Unable to contact slurm controller' >&2\nexit 1\n")
+        (tmp_path / program).chmod(0o755)
+    write_status(tmp_path / "out", "running")
+    env, here = {"PATH": f"{tmp_path}:/usr/bin:/bin"}, f"output.url={tmp_path}/out"
+    done = run("status", "run.yaml", here, env=env, cwd=tmp_path)
+    assert (
+        done.code == 0 and "running, step 3 of 3" in done.out and "job: unknown, squeue: SLURM said: Unable" in done.out
+    )
+    done = run("status", env=env, cwd=tmp_path)
+    assert done.code == 1 and "JobError: squeue: SLURM said: Unable to contact slurm controller. Ask" in done.err
+
+
 def write_status(folder: Path, state: str, **more: Any) -> None:
     folder.mkdir(exist_ok=True)
     status = {"state": state, "reason": "", "step": 3, "updated": "2026-11-21T15:00:00+00:00", "checkpoint": 2, **more}

@@ -9,7 +9,7 @@ from typing import Any
 
 from job.config import RunConfig, load_config
 from job.config.running import Storage
-from job.errors import ConfigError, InputError
+from job.errors import ConfigError, InputError, JobError
 from job.launch.slurm.jobs import Job, find, in_folders, mine, show
 from job.launch.slurm.pending import in_words
 from job.launch.slurm.request import address
@@ -68,10 +68,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Standing:
-    """A run and the job that it has, or had last."""
+    """A run and the job that it has, or had last; `fault` is why SLURM could not be asked for one."""
 
     run: Run | None
     job: Job | None
+    fault: str = ""
 
     @property
     def orphaned(self) -> bool:
@@ -82,6 +83,8 @@ class Standing:
     def lines(self) -> list[str]:
         """For people."""
         lines = [*(self.run.lines() if self.run else []), *(job_lines(self.job) if self.job else [])]
+        if self.fault:
+            lines.append(f"job: unknown, {self.fault}")
         if self.orphaned:
             lines.append(
                 "  no job of it waits or runs: its processes were lost. The same command goes on from its checkpoint"
@@ -95,7 +98,7 @@ class Standing:
         if job and self.job:
             job["left"] = self.job.left.total_seconds() if self.job.left is not None else None
             job["waits_for"] = in_words(self.job) if self.job.queued else ""
-        return {"run": run, "job": job}
+        return {"run": run, "job": job, "fault": self.fault}
 
 
 def job_lines(job: Job) -> list[str]:
@@ -162,8 +165,14 @@ def standings(config: RunConfig | None, job_id: str | None) -> list[Standing]:
 
     Raises:
         InputError: see `jobs_of`.
+        JobError: SLURM does not answer, and no settings tell where the run writes.
     """
-    jobs = mine() if config is None and job_id is None else jobs_of(config, job_id)
+    try:
+        jobs = mine() if config is None and job_id is None else jobs_of(config, job_id)
+    except JobError as fault:
+        if config is None or isinstance(fault, InputError):
+            raise
+        return [Standing(read_run(address(config.output.url), config), None, str(fault))]
     if not jobs and config is not None:
         folder = in_folders(address(config.output.url), Path.cwd())
         if folder is None:
