@@ -37,10 +37,12 @@ settle() {
   launcher=${QLORA_LAUNCHER:-srun}
   [[ $launcher == srun || $launcher == pdsh ]] || refuse "QLORA_LAUNCHER is $launcher, expected srun or pdsh"
   export SLURM_EXPORT_ENV=ALL # after sbatch --export=..., steps would get no more than that
-  local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  folder=$PWD/qlora-${id:-$SLURM_JOB_ID}
+  # the number of an array's last task is the array's, too: 17 means all tasks, 17_3 is one
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
+  folder=$PWD/qlora-$job
   mkdir -p "$folder" || refuse "$folder cannot be made. Submit from a folder that all nodes share and that is yours"
-  rm -f "$folder/warning"
+  rm -f "$folder/warning" "$folder/verdict.json"
   export QLORA_WARNING_FILE=$folder/warning
   scontrol show hostnames "$SLURM_JOB_NODELIST" >"$folder/names"
   scontrol --oneliner show node "$SLURM_JOB_NODELIST" |
@@ -52,7 +54,7 @@ settle() {
   # tells when the time is over, so that a run whose steps are long stops before the notice
   if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     local end
-    end=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -nE 's/.* EndTime=([^ ]+) .*/\1/p')
+    end=$(scontrol --oneliner show job "$job" | sed -nE 's/.* EndTime=([^ ]+) .*/\1/p')
     end=$(date -d "$end" +%s 2>/dev/null) && export SLURM_JOB_END_TIME=$end
   fi
   for log in "$folder"/*.log; do
@@ -116,7 +118,7 @@ open_job() {
 }
 
 preflight() {
-  local checks=${QLORA_PREFLIGHT:-full} options=() answer
+  local checks=${QLORA_PREFLIGHT:-full} options=()
   case $checks in
     full | nodes) [[ -z ${QLORA_LEAVE_OUT:-} ]] || options+=(--leave-out) ;;
     off) options+=(--only-warn) ;;
@@ -125,17 +127,25 @@ preflight() {
   attended timeout --kill-after=10 "${QLORA_PREFLIGHT_S:-90}" srun "${steps[@]}" --kill-on-bad-exit=0 \
     --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" "${inside[@]}" "$python" -m job preflight "$@" \
     --report --port $((12000 + SLURM_JOB_ID % 20000)) >"$folder/facts.jsonl" # below what systems give out themselves
-  answer=$(on_first job.launch.slurm nodes "$folder" "${options[@]}") || exit
-  read -r address port names <<<"$answer"
-  if [[ $checks == full && ! -e $folder/warning ]]; then
-    launch preflight || exit 1
-  fi
+  choose_nodes "${options[@]}"
+  [[ $checks == full && ! -e $folder/warning ]] || return 0
+  launch preflight --nodes "$names" --verdict "$folder/verdict.json" && return
+  [[ -n ${QLORA_LEAVE_OUT:-} && -e $folder/verdict.json ]] || exit 1
+  choose_nodes --leave-out # those that the others could not speak to
+  launch preflight --nodes "$names" --verdict "$folder/verdict.json" || exit 1
 }
 
-# launch VERB: runs `qlora VERB` with the job's words in all ranks.
+# Sets address, port and names of the nodes that the run gets; writes the hostfile.
+choose_nodes() {
+  local answer
+  answer=$(on_first job.launch.slurm nodes "$folder" "$@") || exit
+  read -r address port names <<<"$answer"
+}
+
+# launch VERB [OPTION ...]: runs `qlora VERB` with the job's words in all ranks.
 launch() {
   local common=(--hostfile "$folder/hostfile" --master_addr "$address" --master_port "$port" --quiet)
-  local ranks=(--module job.launch.slurm.rank "$folder" "$1") count
+  local ranks=(--module job.launch.slurm.rank "$folder" "$@") count
   count=$(wc -l <"$folder/hostfile")
   if [[ $launcher == pdsh ]]; then
     on_first job.launch.slurm keep "$folder" >/dev/null || return
@@ -161,14 +171,14 @@ end_ranks() {
 close_job() {
   local answer verdict code
   # on a signal of its own the job is over, whoever sent it, and SLURM has decided what becomes of it
-  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit 75
+  [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]] || exit 75
   answer=$(on_first job.launch.slurm close "$folder" "$1") || exit
   read -r verdict code <<<"$answer"
   case $verdict in
     again)
       trap '' USR1 TERM # requeuing sends TERM, too
       echo "$(date -Is) start again: requeued"
-      if scontrol requeue "$SLURM_JOB_ID"; then
+      if scontrol requeue "$job"; then
         sleep 60 # SLURM ends this script
       else
         echo "SLURM does not requeue this job. Submit it again: it goes on where it was" >&2
@@ -187,7 +197,7 @@ run_job() {
   if [[ $1 == "$demo" ]]; then
     cd "$here/.." || exit 2 # its rows and model are named from there
   fi
-  echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}: $*"
+  echo "$(date -Is) job $job on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}: $*"
   open_job "$@"
   preflight "$@"
   echo "$(date -Is) starts on $names; follow it with: tail -f $folder/*.log"

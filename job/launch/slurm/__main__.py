@@ -28,7 +28,7 @@ from job.preflight.facts import Facts
 from job.preflight.judge import judge
 from job.run_folder import RunFolder
 
-ALLOCATION, FACTS, WARNING = "allocation", "facts.jsonl", "warning"
+ALLOCATION, FACTS, VERDICT, WARNING = "allocation", "facts.jsonl", "verdict.json", "warning"
 NEW_START = "--- start "
 THEIR_OWN = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "CUDA_VISIBLE_DEVICES", "SLURMD_", "SLURM_NODEID")
 """Variables of which each node or rank has its own, by their beginnings."""
@@ -66,8 +66,7 @@ def nodes(folder: Path, options: Sequence[str]) -> str:
     for line in verdict.lines():
         _say(line)
     without: Sequence[str] = ()
-    if verdict.bad and "--leave-out" in options:
-        without = verdict.bad
+    if "--leave-out" in options and (without := [*verdict.bad, *_found_bad_together(folder)]):
         _say(f"left out: {', '.join(without)}")
     elif verdict.bad and "--only-warn" not in options:
         bad = ", ".join(verdict.bad)
@@ -78,6 +77,12 @@ def nodes(folder: Path, options: Sequence[str]) -> str:
     ports = {one.node: one.port for one in facts}
     address = address_of_first(found, os.environ.get("SLURMD_NODENAME", ""))
     return f"{address} {ports.get(found[0].name, 0)} {','.join(node.name for node in found)}"
+
+
+def _found_bad_together(folder: Path) -> list[str]:
+    """Nodes that the ranks found bad when they spoke to each other."""
+    file = folder / VERDICT
+    return list(json.loads(file.read_text())["faults"]) if file.exists() else []
 
 
 def close_job(folder: Path, code: int) -> str:

@@ -1,6 +1,6 @@
 """A rank as DeepSpeed's launcher starts it in a job: what it says goes into its node's log, each line with its number.
 
-deepspeed --hostfile F --module job.launch.slurm.rank FOLDER VERB
+deepspeed --hostfile F --module job.launch.slurm.rank FOLDER VERB [OPTION ...]
 """
 
 import json
@@ -20,15 +20,17 @@ def main(words: Sequence[str]) -> None:
     """Become `qlora VERB` with the words of the job.
 
     Args:
-        words: --local_rank=N, which DeepSpeed puts first and LOCAL_RANK says as well; the job's folder; the verb.
+        words: --local_rank=N, which DeepSpeed puts first and LOCAL_RANK says as well; the job's folder; the verb, and
+            options of it.
     """
-    folder, verb = [word for word in words if not word.startswith("--local_rank")]
+    folder, verb, *options = [word for word in words if not word.startswith("--local_rank")]
     start = Start.read(Path(folder))
     if (kept := Path(folder, ENVIRONMENT)).exists():
         os.environ.update(json.loads(kept.read_text()))
     os.environ.update(own_gpus(start, os.environ))
     number_lines(Path(folder, f"{start.nodes[int(os.environ['CROSS_RANK'])].name}.log"), os.environ["RANK"])
-    os.execv(sys.executable, [sys.executable, "-u", "-m", "job", verb, *start.words])  # noqa: S606 - our own command
+    command = [sys.executable, "-u", "-m", "job", verb, *start.words, *options]
+    os.execv(sys.executable, command)  # noqa: S606 - our own
 
 
 def number_lines(log: Path, rank: str) -> None:

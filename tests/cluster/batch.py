@@ -1,0 +1,60 @@
+"""A job of the batch scripts on the tests' own SLURM, and what is said about it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.slurm import OWN_ENV, Cluster
+from tests.conftest import REPOSITORY
+
+ENV = {**OWN_ENV, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "QLORA_PREFLIGHT": "nodes"}
+ZERO3, SINGLE, SWEEP = (
+    REPOSITORY / "slurm" / f"{name}.sbatch" for name in ("zero3_2node", "single_node", "array_sweep")
+)
+TWO_RANKS, ENDLESS = "parallel.processes=2", "train.max_steps=100000"
+
+
+class Batch:
+    """A job that was submitted from `place`.
+
+    Args:
+        words: of sbatch.
+        env: more than ENV.
+    """
+
+    def __init__(self, cluster: Cluster, place: Path, *words: str | Path, **env: str):
+        place.mkdir(exist_ok=True)
+        self.cluster, self.place = cluster, place
+        self.id = cluster.sbatch(*words, cwd=place, env={**ENV, **env})
+
+    @property
+    def folder(self) -> Path:
+        """The job's own."""
+        return self.place / f"qlora-{self.id}"
+
+    def said(self) -> str:
+        """The batch log and those of the nodes."""
+        logs = [self.place / f"qlora-{self.id}.log", *sorted(self.folder.glob("*.log"))]
+        return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')}" for log in logs if log.exists())
+
+    def ended(self, timeout_s: float = 150) -> str:
+        """The state in which it ended."""
+        return self.cluster.wait(self.id, timeout_s=timeout_s)
+
+    def code(self, timeout_s: float = 150) -> int:
+        """The exit code of its script, once it has ended."""
+        self.ended(timeout_s)
+        return self.cluster.exit_code(self.id)
+
+    def wait_for(self, text: str, timeout_s: float = 90) -> None:
+        """Until somebody says it."""
+        end = time.monotonic() + timeout_s
+        while text not in self.said():
+            assert time.monotonic() < end, f"nobody said {text!r}\n{self.said()[-5000:]}"
+            time.sleep(0.1)
+
+
+def status(config: Path) -> dict[str, Any]:
+    """status.json of a run of `run_of`."""
+    return dict(json.loads((config.with_suffix("") / "status.json").read_text()))

@@ -1,0 +1,117 @@
+"""What SLURM does to a job costs no work: notice before the end, a lost node, a failure that is real."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.batch import ENDLESS, SINGLE, ZERO3, Batch, status
+from tests.cluster.slurm import Cluster, slurm
+from tests.conftest import losses, metrics, qlora
+
+RunFile = Callable[..., Path]
+SHORT_GRACE = "train.stop_grace_s=5"
+STEPS = 60
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Two nodes, and one to spare."""
+    (tmp_path / "slurm").mkdir()
+    with slurm(tmp_path / "slurm", {"n1": 0, "n2": 0, "n3": 0}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(run_of: RunFile) -> list[float]:
+    """Losses of one process that nothing happens to."""
+    config = run_of("whole", max_steps=STEPS)
+    done = qlora("train", config)
+    assert done.returncode == 0, done.stderr
+    return losses(config.with_suffix(""))
+
+
+def check_whole(config: Path, whole: list[float]) -> None:
+    """The run is as if nothing had happened: each step once, with its loss."""
+    out = config.with_suffix("")
+    assert [row["step"] for row in metrics(out)] == list(range(1, STEPS + 1))
+    assert losses(out) == pytest.approx(whole, rel=1e-5)
+    assert status(config)["state"] == "finished"
+
+
+def test_notice_of_the_time_limit_makes_the_run_save_requeue_and_go_on(
+    run_of: RunFile, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = run_of("limited")
+    limit = ("--time=2", "--signal=B:TERM@75")  # looked at every 30 s
+    batch = Batch(cluster, tmp_path / "work", *limit, ZERO3, config, SHORT_GRACE, ENDLESS)
+    batch.wait_for("step 5/")
+    batch.wait_for("start again: requeued", timeout_s=110)
+    before = status(config)
+    assert (before["state"], before["reason"]) == ("interrupted", "the scheduler's warning"), batch.said()
+    assert before["checkpoint"] == before["step"] > 4
+    cluster.hurry(batch.id)
+    batch.wait_for(f"going on after step {before['step']}")
+    cluster.command("scancel", str(batch.id))
+    assert batch.ended() == "CANCELLED"
+    assert cluster.restarts(batch.id) == 1
+
+
+def test_a_lost_node_costs_what_came_after_the_last_checkpoint(
+    run_of: RunFile, whole: list[float], cluster: Cluster, tmp_path: Path
+) -> None:
+    config = run_of("lost", max_steps=STEPS)
+    batch = Batch(cluster, tmp_path / "work", ZERO3, config, "checkpoint.every_steps=2")
+    batch.wait_for("step 10/60")
+    cluster.hosts["n2"].kill()
+    cluster.hurry(batch.id)
+    assert batch.ended() == "COMPLETED", batch.said()
+    assert "job" in batch.said() and "going on after step" in batch.said()
+    assert (batch.folder / "hostfile").read_text() == "n1 slots=1\nn3 slots=1\n"
+    check_whole(config, whole)
+
+
+def test_a_run_that_fails_is_not_requeued_and_one_that_was_preempted_is(
+    run_of: RunFile, whole: list[float], cluster: Cluster, tmp_path: Path
+) -> None:
+    wild = Batch(cluster, tmp_path / "wild", SINGLE, run_of("wild"), "train.learning_rate=1e30", ENDLESS)
+    config = run_of("asked", max_steps=STEPS)
+    asked = Batch(cluster, tmp_path / "asked", SINGLE, config, SHORT_GRACE)
+    asked.wait_for("step 5/60")
+    cluster.command("scancel", "--batch", "--signal=USR1", str(asked.id))
+    asked.wait_for("start again: requeued")
+    assert wild.ended() == "FAILED" and cluster.restarts(wild.id) == 0
+    said = (wild.place / f"qlora-{wild.id}.log").read_text()
+    assert cluster.exit_code(wild.id) == 1 and "what failed first, on n" in said, said
+    assert "[0] JobError: loss or gradients of 10 steps" in said
+    cluster.hurry(asked.id)
+    assert asked.ended() == "COMPLETED", asked.said()
+    check_whole(config, whole)
+
+
+def test_a_killed_rank_is_lost_work_of_one_start_and_a_stop_key_is_the_users_wish(
+    run_of: RunFile, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = run_of("stopped")
+    batch = Batch(cluster, tmp_path / "work", SINGLE, config, ENDLESS)
+    batch.wait_for("step 5/")
+    (config.with_suffix("") / "stop").touch()
+    assert batch.ended() == "FAILED" and cluster.exit_code(batch.id) == 75, batch.said()
+    assert cluster.restarts(batch.id) == 0 and status(config)["reason"] == "a stop key"
+    batch = Batch(cluster, tmp_path / "work", "--nodelist=n1", SINGLE, config, ENDLESS)
+    batch.wait_for("going on after step")
+    (rank,) = [pid for pid in cluster.hosts["n1"].python_processes() if is_rank(pid)]
+    os.kill(rank, signal.SIGKILL)
+    batch.wait_for("start again: requeued")
+    assert "its processes were lost" in batch.said() and status(config)["state"] == "running"
+    cluster.hurry(batch.id)
+    cluster.until(lambda: batch.said().count("going on after step") == 2)
+    cluster.command("scancel", str(batch.id))
+    assert batch.ended() == "CANCELLED"
+
+
+def is_rank(pid: int) -> bool:
+    """Whether this process is `qlora train`."""
+    return b"\0job\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
