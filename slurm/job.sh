@@ -27,10 +27,12 @@ warn_ranks() {
 }
 
 settle() {
-  local log site=${QLORA_SITE:-$here/site.sh}
+  local given log site=${QLORA_SITE:-$here/site.sh}
   if [[ -r $site ]]; then
+    given=$(export -p | sed -n 's/^declare -x QLORA_/declare -gx QLORA_/p') # by `qlora submit` or the user: it wins
     # shellcheck source=/dev/null
     . "$site" || refuse "$site failed"
+    eval "$given"
   elif [[ -n ${QLORA_SITE:-} ]]; then
     refuse "QLORA_SITE: there is no file $site"
   fi

@@ -59,17 +59,18 @@ def test_notice_of_the_time_limit_makes_the_run_save_requeue_and_go_on(
     assert cluster.restarts(batch.id) == 1
 
 
+@pytest.mark.parametrize(("lost", "others"), [("n2", ("n1", "n3")), ("n1", ("n2", "n3"))], ids=["other", "first"])
 def test_a_lost_node_costs_what_came_after_the_last_checkpoint(
-    run_of: RunFile, whole: list[float], cluster: Cluster, tmp_path: Path
+    run_of: RunFile, whole: list[float], cluster: Cluster, tmp_path: Path, lost: str, others: tuple[str, str]
 ) -> None:
-    config = run_of("lost", max_steps=STEPS)
+    config = run_of(f"lost-{lost}", max_steps=STEPS)
     batch = Batch(cluster, tmp_path / "work", ZERO3, config, "checkpoint.every_steps=2")
     batch.wait_for("step 10/60")
-    cluster.hosts["n2"].kill()
+    cluster.hosts[lost].kill()
     cluster.hurry(batch.id)
     assert batch.ended() == "COMPLETED", batch.said()
-    assert "job" in batch.said() and "going on after step" in batch.said()
-    assert (batch.folder / "hostfile").read_text() == "n1 slots=1\nn3 slots=1\n"
+    assert cluster.restarts(batch.id) == 1 and "going on after step" in batch.said()
+    assert (batch.folder / "hostfile").read_text() == "".join(f"{name} slots=1\n" for name in others)
     check_whole(config, whole)
 
 
@@ -115,3 +116,22 @@ def test_a_killed_rank_is_lost_work_of_one_start_and_a_stop_key_is_the_users_wis
 def is_rank(pid: int) -> bool:
     """Whether this process is `qlora train`."""
     return b"\0job\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_job_of_higher_rank_takes_the_nodes_and_gives_them_back(
+    run_of: RunFile, whole: list[float], tmp_path: Path
+) -> None:
+    partitions = "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=40\nPartitionName=high Nodes=ALL PriorityTier=9"
+    preempting = f"PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n{partitions}"
+    (tmp_path / "slurm").mkdir()
+    with slurm(tmp_path / "slurm", {"n1": 0}, cpus=2, more=preempting) as cluster:
+        config = run_of("preempted", max_steps=STEPS)
+        low = Batch(cluster, tmp_path / "work", "--partition=low", "--exclusive", SINGLE, config, SHORT_GRACE)
+        low.wait_for("step 5/60")
+        high = cluster.sbatch("--partition=high", "--exclusive", "--wrap=sleep 1", cwd=tmp_path)
+        assert cluster.wait(high, timeout_s=90) == "COMPLETED"
+        assert cluster.restarts(low.id) == 1, low.said()
+        assert status(config)["state"] == "interrupted" and status(config)["checkpoint"] >= 5, low.said()
+        cluster.hurry(low.id)
+        assert low.ended() == "COMPLETED", low.said()
+    check_whole(config, whole)

@@ -29,7 +29,6 @@ from job.preflight.judge import judge
 from job.run_folder import RunFolder
 
 ALLOCATION, FACTS, VERDICT, WARNING = "allocation", "facts.jsonl", "verdict.json", "warning"
-NEW_START = "--- start "
 THEIR_OWN = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "CUDA_VISIBLE_DEVICES", "SLURMD_", "SLURM_NODEID")
 """Variables of which each node or rank has its own, by their beginnings."""
 OF_THE_HOST = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "TMPDIR", "SSH_", "SLURM_LOCALID", "SLURM_PROCID", "_")
@@ -97,10 +96,10 @@ def close_job(folder: Path, code: int) -> str:
 
 
 def faults(folder: Path) -> str:
-    """What failed first in this start of the job; its logs go on from one start to the next."""
+    """What failed first in this start of the job."""
     logs = {node.name: folder / f"{node.name}.log" for node in Start.read(folder).nodes}
     texts = {name: log.read_text(errors="replace") for name, log in logs.items() if log.exists()}
-    found = first_failure({name: text.rpartition(NEW_START)[2] for name, text in texts.items()})
+    found = first_failure(texts)
     if found is None:
         return f"no rank said why; see {folder}/*.log"
     return "\n".join([f"what failed first, on {found.node}:", *(f"[{found.rank}] {line}" for line in found.lines)])

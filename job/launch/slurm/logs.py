@@ -17,7 +17,7 @@ LOOK_S, ASK_S = 1.0, 5.0
 """Seconds between two looks at the files, and between two questions to SLURM, whose controller serves everybody."""
 MOST_LINES = 60
 BATCH = "batch"
-_START = re.compile(r"^(?:--- start |\S+ job \d+ on .*, start )\d+.*$", re.MULTILINE)
+_START = re.compile(r"^(?:--- start |\S+ job [\d_]+ on .*, start )\d+.*$", re.MULTILINE)
 """What the batch scripts write into the logs, which go on from one start of a job to the next."""
 _RANKED = re.compile(r"\[(\d+)\] ?(.*)")
 _ERROR = re.compile(r"[\w.]*(Error|Exception)(: .*)?$|Traceback \(most recent call last\):$")
