@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from job.errors import InputError, JobError
+from job.errors import ConfigError, InputError, JobError
 from job.preflight.facts import Facts
 from job.world import ranks_on
 
@@ -93,7 +93,11 @@ def nodes_of(
         if name in without:
             continue
         gpus = _gpus(said[name], "gpu" in shared_out) if name in said else ()
-        found.append(Node(name, address, gpus, ranks_on(processes, len(gpus))))
+        try:
+            slots = ranks_on(processes, len(gpus))
+        except ConfigError as fault:
+            raise ConfigError(f"the settings for {name}", fault.faults) from fault
+        found.append(Node(name, address, gpus, slots))
     if not found:
         raise InputError("no node is left to run on. Repair those that were named, or ask for others")
     return tuple(found)
