@@ -34,10 +34,10 @@ def node_rank(hosts: str, env: Mapping[str, str]) -> int:
 
 def main(folder: str, *command: str) -> None:
     """Become the command, with {node_rank} replaced."""
-    hosts = Path(folder, HOSTFILE).read_text()
-    rank = node_rank(hosts, os.environ)
+    start = Start.read(Path(folder))  # says so where the folder is not there
+    rank = node_rank(Path(folder, HOSTFILE).read_text(), os.environ)
     words: Sequence[str] = [word.replace("{node_rank}", str(rank)) for word in command]
-    if not Start.read(Path(folder)).nodes[rank].gpus:
+    if not start.nodes[rank].gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for others, and says so
     beside = Path(sys.executable).parent / words[0]  # the same environment's
     program = str(beside) if beside.exists() else shutil.which(words[0])

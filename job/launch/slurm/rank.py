@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from job.launch.slurm.allocation import Start, own_gpus
@@ -45,7 +46,8 @@ def number_lines(log: Path, rank: str) -> None:
             signal.signal(number, signal.SIG_IGN)  # it ends when nobody writes any more
         with open(reader, "rb") as lines, open(log, "ab", buffering=0) as out:
             for line in lines:
-                out.write(f"[{rank}] ".encode() + line.rstrip(b"\n") + b"\n")  # at once: ranks share the file
+                with suppress(OSError):  # a full disk costs lines, not the run
+                    out.write(f"[{rank}] ".encode() + line.rstrip(b"\n") + b"\n")  # at once: ranks share the file
         os._exit(0)
     os.close(reader)
     os.dup2(writer, 1)
