@@ -10,7 +10,7 @@ from job.group import lost_peer, on_first_rank
 from job.hardware import out_of_memory
 from job.lease import Lease, NoLease, prove_conditional_puts
 from job.progress import Progress
-from job.run_folder import STATUS, RunFolder, State
+from job.run_folder import LOST_RANK, STATUS, RunFolder, State
 from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
 from job.stop import STOP_KEY, CutShort
 from job.store import reason
@@ -160,7 +160,7 @@ def _in_words(fault: BaseException, step: int) -> JobError | None:
     if isinstance(fault, OSError):
         return JobError(f"storage failed after step {step}: {reason(fault)}. Check space, network and keys")
     if lost_peer(fault):
-        return JobError(f"another rank ended after step {step}, or cannot be reached; what it said tells why")
+        return JobError(f"{LOST_RANK} after step {step}, or cannot be reached; what it said tells why")
     return None
 
 

@@ -21,6 +21,8 @@ from job.sinks import latest_step
 from job.store import Store, reason
 
 STATUS, SETTINGS = "status.json", "run.yaml"
+LOST_RANK = "another rank ended"
+"""How the reason of a run begins that failed since one of its ranks was gone, whatever that one may have had."""
 State = Literal["running", "finished", "interrupted", "failed"]
 
 
@@ -36,6 +38,11 @@ class Status:
     """Step of the newest complete checkpoint, 0 without one."""
     restarts: int = 0
     """Starts after the run was lost, since that checkpoint."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether its processes went without a reason that is known: all of them, or one that took the others along."""
+        return self.state == "running" or (self.state == "failed" and self.reason.startswith(LOST_RANK))
 
 
 def _writable(folder: Path) -> bool:
@@ -147,7 +154,7 @@ class RunFolder:
             raise OutputError(f"output.url: {self.config.output.url} cannot be read: {reason(fault)}") from fault
         if self.old is not None:
             self.already_finished()
-        if self.status and self.status.state == "running" and newest <= self.status.checkpoint:
+        if self.status and self.status.lost and newest <= self.status.checkpoint:
             restarts = self.status.restarts + 1
         self.checkpoint, self.restarts = newest, restarts
         most = self.config.checkpoint.max_restarts

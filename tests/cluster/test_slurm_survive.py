@@ -135,3 +135,41 @@ def test_a_job_of_higher_rank_takes_the_nodes_and_gives_them_back(
         cluster.hurry(low.id)
         assert low.ended() == "COMPLETED", low.said()
     check_whole(config, whole)
+
+
+def test_a_rank_that_is_gone_on_another_node_is_started_again_unless_it_said_why(
+    run_of: RunFile, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = run_of("gone")
+    batch = Batch(cluster, tmp_path / "work", ZERO3, config, ENDLESS, "checkpoint.every_steps=2")
+    batch.wait_for("step 5/")
+    (rank,) = [pid for pid in cluster.hosts["n2"].python_processes() if is_rank(pid)]
+    os.kill(rank, signal.SIGKILL)
+    batch.wait_for("start again: requeued")
+    cluster.hurry(batch.id)
+    batch.wait_for("going on after step")
+    cluster.command("scancel", str(batch.id))
+    assert batch.ended() == "CANCELLED"
+    faulty = run_of("faulty")
+    wrapper = tmp_path / "fails_on_rank_1/sitecustomize.py"
+    wrapper.parent.mkdir()
+    wrapper.write_text(FAIL_ON_RANK_1)
+    failing = Batch(cluster, tmp_path / "work", ZERO3, faulty, ENDLESS, PYTHONPATH=str(wrapper.parent))
+    assert failing.code() == 1 and cluster.restarts(failing.id) == 0, failing.said()
+    batch_log = (failing.place / f"qlora-{failing.id}.log").read_text()
+    assert "what failed first, on n2:" in batch_log
+    assert batch_log.endswith("[1] RuntimeError: the GPU has fallen off the bus\n")
+    assert status(faulty)["state"] == "failed"
+
+
+FAIL_ON_RANK_1 = """
+import os, threading, time
+if os.environ.get("RANK") == "1":
+    def fail():
+        import sys
+        time.sleep(12)
+        import job.engine
+        def train_step(*given): raise RuntimeError("the GPU has fallen off the bus")
+        job.engine.Engine.train_step = train_step
+    threading.Thread(target=fail, daemon=True).start()
+"""

@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from job.config import RunConfig, load_config, load_dotenv_file
 from job.errors import InputError, JobError
 from job.launch.slurm.allocation import HOSTFILE, Start, address_of_first, hostfile, nodes_of
-from job.launch.slurm.logs import first_failure
+from job.launch.slurm.logs import Failure, first_failure
 from job.launch.slurm.outcome import outcome
 from job.launch.slurm.rank import ENVIRONMENT
 from job.launch.slurm.sweep import settings_of
@@ -29,9 +29,9 @@ from job.preflight.judge import judge
 from job.run_folder import RunFolder
 
 ALLOCATION, FACTS, VERDICT, WARNING = "allocation", "facts.jsonl", "verdict.json", "warning"
-THEIR_OWN = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "CUDA_VISIBLE_DEVICES", "SLURMD_", "SLURM_NODEID")
+THEIR_OWN = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "CUDA_VISIBLE_DEVICES", "SLURMD_", "SSH_")
 """Variables of which each node or rank has its own, by their beginnings."""
-OF_THE_HOST = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "TMPDIR", "SSH_", "SLURM_LOCALID", "SLURM_PROCID", "_")
+OF_THE_HOST = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "TMPDIR", "SLURM_LOCALID", "SLURM_PROCID", "SLURM_NODEID", "_")
 
 
 def open_job(folder: Path, words: Sequence[str]) -> str:
@@ -65,11 +65,12 @@ def nodes(folder: Path, options: Sequence[str]) -> str:
     for line in verdict.lines():
         _say(line)
     without: Sequence[str] = ()
-    if "--leave-out" in options and (without := [*verdict.bad, *_found_bad_together(folder)]):
+    if "--leave-out" in options and (without := list(dict.fromkeys((*verdict.bad, *_found_bad_together(folder))))):
         _say(f"left out: {', '.join(without)}")
     elif verdict.bad and "--only-warn" not in options:
         bad = ", ".join(verdict.bad)
-        raise JobError(f"{bad}: see above. Exclude with sbatch --exclude={bad}, or set QLORA_LEAVE_OUT=1")
+        exclude = f"sbatch --exclude={','.join(verdict.bad)}"
+        raise JobError(f"{bad}: see above. Exclude with {exclude}, or set QLORA_LEAVE_OUT=1")
     found = nodes_of(allocation, facts, _config(start.words).parallel.processes, without)
     (folder / HOSTFILE).write_text(hostfile(found))
     replace(start, nodes=found).save(folder)
@@ -90,19 +91,26 @@ def close_job(folder: Path, code: int) -> str:
     run = RunFolder(_config(start.words))
     status = run.status
     this_start = status is not None and datetime.fromisoformat(status.updated).timestamp() >= start.begun
-    found = outcome(status, this_start, start.step, (folder / WARNING).exists(), code)
+    failure = _failure(start, folder)
+    cause = failure.lines[-1] if failure and not failure.follows else ""
+    found = outcome(status, this_start, start.step, (folder / WARNING).exists(), code, cause)
+    if found.verdict == "failed":
+        run.abandon(found.why, datetime.fromtimestamp(start.begun, UTC))
     _say(f"{run.store.url}: {found.why}")
     return f"{found.verdict} {found.code}"
 
 
 def faults(folder: Path) -> str:
     """What failed first in this start of the job."""
-    logs = {node.name: folder / f"{node.name}.log" for node in Start.read(folder).nodes}
-    texts = {name: log.read_text(errors="replace") for name, log in logs.items() if log.exists()}
-    found = first_failure(texts)
+    found = _failure(Start.read(folder), folder)
     if found is None:
         return f"no rank said why; see {folder}/*.log"
     return "\n".join([f"what failed first, on {found.node}:", *(f"[{found.rank}] {line}" for line in found.lines)])
+
+
+def _failure(start: Start, folder: Path) -> Failure | None:
+    logs = {node.name: folder / f"{node.name}.log" for node in start.nodes}
+    return first_failure({name: log.read_text(errors="replace") for name, log in logs.items() if log.exists()})
 
 
 def keep_environment(folder: Path) -> str:
@@ -112,7 +120,8 @@ def keep_environment(folder: Path) -> str:
         name: value for name, value in os.environ.items() if not name.startswith(THEIR_OWN) and name not in OF_THE_HOST
     }
     file = folder / ENVIRONMENT
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+    file.unlink(missing_ok=True)  # whoever made it: its mode would stay
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
         json.dump(kept, out)
     return str(file)
 

@@ -19,7 +19,8 @@ MOST_LINES = 60
 BATCH = "batch"
 _START = re.compile(r"^(?:--- start |\S+ job [\d_]+ on .*, start )\d+.*$", re.MULTILINE)
 """What the batch scripts write into the logs, which go on from one start of a job to the next."""
-_RANKED = re.compile(r"\[(\d+)\] ?(.*)")
+_RANKED = re.compile(r"\[(\d+)\] ?(?:\[rank\d+\]: ?)?(.*)")
+"""A line of a rank; torch numbers those of its last traceback itself, once there is a process group."""
 _ERROR = re.compile(r"[\w.]*(Error|Exception)(: .*)?$|Traceback \(most recent call last\):$")
 _CHAINED = ("During handling of the above", "The above exception was", "Traceback (most recent call last)")
 _FOLLOWS = re.compile(

@@ -22,7 +22,9 @@ class Outcome:
     code: int
 
 
-def outcome(status: Status | None, this_start: bool, step_before: int, warned: bool, code: int) -> Outcome:
+def outcome(
+    status: Status | None, this_start: bool, step_before: int, warned: bool, code: int, cause: str = ""
+) -> Outcome:
     """Judge a start of the job that has ended.
 
     Args:
@@ -31,6 +33,8 @@ def outcome(status: Status | None, this_start: bool, step_before: int, warned: b
         step_before: how far the run was before.
         warned: whether the scheduler gave notice.
         code: exit code of the launcher.
+        cause: what a rank said that failed by itself; only the first rank writes the status, and may not have lived to
+            hear of it.
     """
     if status is None or not this_start:
         if warned:
@@ -39,10 +43,13 @@ def outcome(status: Status | None, this_start: bool, step_before: int, warned: b
         return Outcome("failed", "the run did not begin; what the ranks said tells why", kind.exit_code)
     if status.state == "finished":
         return Outcome("done", f"finished after step {status.step}", 0)
+    if status.lost and cause:
+        return Outcome("failed", cause, JobError.exit_code)
+    if status.lost:
+        what = "its processes were" if status.state == "running" else "one of its ranks was"
+        return Outcome("again", f"{what} lost after step {status.step}", JobError.exit_code)
     if status.state == "failed":
         return Outcome("failed", status.reason, JobError.exit_code)
-    if status.state == "running":
-        return Outcome("again", f"its processes were lost after step {status.step}", JobError.exit_code)
     said = f"interrupted by {status.reason} after step {status.step}"
     if status.reason == TIME_LIMIT and status.step <= step_before and not warned:
         cure = "Raise it (sbatch --time), or lower train.stop_grace_s"
