@@ -17,7 +17,8 @@ def settings_of(config: str, file: Path, task: str, words: Sequence[str]) -> lis
         words: settings of all runs.
 
     Raises:
-        InputError: there is no such line, or it sets output.url, which is the run file's with the number behind it.
+        InputError: there is no such line, a quote in it is not closed, or it sets output.url, which is the run file's
+            with the number behind it.
     """
     if not file.is_file():
         raise InputError(f"{file}: there is no such file. Expected a line of settings for each task of the array")
@@ -26,7 +27,10 @@ def settings_of(config: str, file: Path, task: str, words: Sequence[str]) -> lis
         raise InputError(
             f"{file} has {len(lines)} lines of settings, and this is task {task}: sbatch --array=1-{len(lines)}"
         )
-    own = shlex.split(lines[int(task) - 1])
+    try:
+        own = shlex.split(lines[int(task) - 1])
+    except ValueError as fault:  # a quote that is not closed
+        raise InputError(f"{file}, line of task {task}: {fault}. Quote as in a shell") from fault
     if any(word.startswith("output.url=") for word in own):
         raise InputError(
             f"{file}: line {task} sets output.url. Leave it out: each run gets the run file's with /{task}"
