@@ -60,7 +60,7 @@ def tables(document: Path) -> list[list[list[str]]]:
 
 def settings(document: Path) -> list[tuple[list[str], list[str]]]:
     """The rows of the table of settings: keys, and their defaults in English."""
-    (table,) = (table for table in tables(document) if len(table[0]) == 3)
+    (table,) = (table for table in tables(document) if "`model.name`" in table[1])
     return [(codes(keys), [ENGLISH_OF.get(word, word) for word in said.split(", ")]) for keys, said, _ in table[1:]]
 
 
@@ -79,7 +79,7 @@ def test_both_languages_have_the_same_commands() -> None:
 
 def test_both_languages_have_the_same_tables() -> None:
     keys = [[[codes(row[0]) for row in table] for table in tables(readme)] for readme in (ENGLISH, CHINESE)]
-    assert len(keys[0]) == 6 and keys[0] == keys[1]
+    assert len(keys[0]) == 7 and keys[0] == keys[1]
     assert settings(CHINESE) == settings(ENGLISH)
 
 
