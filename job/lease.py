@@ -164,6 +164,13 @@ class Lease(NoLease):
             )
 
 
+def held_by(store: Store) -> Holder | None:
+    """Who holds the folder, alive or not; None when nobody does, or nobody says."""
+    numbers = _numbers(store)
+    content = _read(store, numbers[-1]) if numbers else None
+    return None if content is None else Holder.parse(content)
+
+
 def prove_conditional_puts(store: Store) -> None:
     """Make sure that the storage refuses to create what is there: some storage ignores the condition silently.
 

@@ -180,11 +180,7 @@ close_job() {
     again)
       trap '' USR1 TERM # requeuing sends TERM, too
       echo "$(date -Is) start again: requeued"
-      if scontrol requeue "$job"; then
-        sleep 60 # SLURM ends this script
-      else
-        echo "SLURM does not requeue this job. Submit it again: it goes on where it was" >&2
-      fi
+      scontrol requeue "$job" || echo "SLURM does not requeue this job. Submit it again: it goes on where it was" >&2
       ;;
     failed) on_first job.launch.slurm faults "$folder" >&2 ;;
   esac

@@ -113,6 +113,20 @@ def test_a_killed_rank_is_lost_work_of_one_start_and_a_stop_key_is_the_users_wis
     assert batch.ended() == "CANCELLED"
 
 
+def test_a_second_job_of_the_same_output_is_refused_and_the_first_one_goes_on(
+    run_of: RunFile, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = run_of("held")
+    first = Batch(cluster, tmp_path / "work", "--nodelist=n1", SINGLE, config, ENDLESS, "checkpoint.every_steps=5")
+    first.wait_for("step 5/")
+    second = Batch(cluster, tmp_path / "work", "--nodelist=n2", SINGLE, config, ENDLESS, QLORA_PREFLIGHT="off")
+    assert second.code() == 2 and cluster.restarts(second.id) == 0, second.said()[-3000:]
+    assert "is in use by another run that is alive (host n1" in second.said()
+    assert cluster.state(first.id) == "RUNNING" and status(config)["state"] == "running"
+    cluster.command("scancel", str(first.id))
+    assert first.ended() == "CANCELLED"
+
+
 def is_rank(pid: int) -> bool:
     """Whether this process is `qlora train`."""
     return b"\0job\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -24,6 +24,7 @@ from job.launch.slurm.logs import Failure, first_failure
 from job.launch.slurm.outcome import outcome
 from job.launch.slurm.rank import ENVIRONMENT
 from job.launch.slurm.sweep import settings_of
+from job.lease import held_by
 from job.preflight.facts import Facts
 from job.preflight.judge import judge
 from job.run_folder import RunFolder
@@ -89,8 +90,9 @@ def close_job(folder: Path, code: int) -> str:
     """What comes next, by what the run recorded."""
     start = Start.read(folder)
     run = RunFolder(_config(start.words))
-    status = run.status
-    this_start = status is not None and datetime.fromisoformat(status.updated).timestamp() >= start.begun
+    status, holder = run.status, held_by(run.store)
+    ours = holder is None or holder.job_id == start.job  # else another run's, and this one was refused
+    this_start = ours and status is not None and datetime.fromisoformat(status.updated).timestamp() >= start.begun
     failure = _failure(start, folder)
     cause = failure.lines[-1] if failure and not failure.follows else ""
     found = outcome(status, this_start, start.step, (folder / WARNING).exists(), code, cause)
