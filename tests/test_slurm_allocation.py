@@ -136,7 +136,8 @@ def test_addresses_are_the_schedulers() -> None:
 RANK = (
     "import os, sys; from pathlib import Path; from job.launch.slurm.allocation import Start, own_gpus; "
     "gpus = own_gpus(Start.read(Path(sys.argv[1])), os.environ)['CUDA_VISIBLE_DEVICES']; "
-    "print(os.environ['RANK'], os.environ['LOCAL_RANK'], os.environ['WORLD_SIZE'], gpus)"
+    "said = [*(os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')), gpus]; "
+    "os.write(1, (' '.join(said) + '\\n').encode())"
 )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from job.launch.slurm.outcome import Outcome, outcome
-from job.run_folder import State, Status
+from job.run_folder import LOST_RANK, State, Status
 from job.stop import STOP_FILE, STOP_KEY, TIME_LIMIT, WARNING, WORDS
 
 AGAIN = {TIME_LIMIT, WARNING, "SIGTERM", "SIGUSR1", "SIGUSR2"}
@@ -80,3 +80,25 @@ def test_a_time_limit_too_short_for_a_step_is_no_reason_to_begin_again(
     word: str, step: int, before: int, warned: bool, expected: Outcome
 ) -> None:
     assert outcome(recorded("interrupted", word, step), True, before, warned, 75) == expected
+
+
+PEER = f"{LOST_RANK} after step 7, or cannot be reached; what it said tells why"
+
+
+@pytest.mark.parametrize(
+    ("status", "cause", "expected"),
+    [
+        (recorded("failed", PEER), "", Outcome("again", "one of its ranks was lost after step 7", 1)),
+        (recorded("failed", PEER), "ValueError: x", Outcome("failed", "ValueError: x", 1)),
+        (recorded("running"), "ValueError: x", Outcome("failed", "ValueError: x", 1)),
+        (recorded("failed", "loss is nan"), "ValueError: x", Outcome("failed", "loss is nan", 1)),
+        (recorded("finished"), "ValueError: x", Outcome("done", "finished after step 7", 0)),
+        (
+            recorded("interrupted", "SIGTERM"),
+            "ValueError: x",
+            Outcome("again", "interrupted by SIGTERM after step 7", 75),
+        ),
+    ],
+)
+def test_a_lost_rank_is_no_reason_to_end_unless_one_said_why(status: Status, cause: str, expected: Outcome) -> None:
+    assert outcome(status, True, 3, False, 1, cause) == expected

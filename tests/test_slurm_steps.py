@@ -230,6 +230,29 @@ def test_a_limit_that_leaves_no_time_for_a_step_is_told_by_the_step_before(
         assert ask("close", folder, "75").stdout == answer
 
 
+@pytest.mark.parametrize(
+    ("log", "answer", "state", "why"),
+    [
+        ("[4] step 3\n[4] ValueError: x\n", "failed 1", "failed", "ValueError: x"),
+        ("[0] JobError: another rank ended after step 3\n", "again 1", "running", ""),
+        ("[4] ValueError: x\n--- start 1, 2026-11-21T15:00:00+00:00\n[4] step 3\n", "again 1", "running", ""),
+    ],
+    ids=["said why", "names another", "of a former start"],
+)
+def test_a_lost_run_has_failed_when_a_rank_said_why(
+    log: str, answer: str, state: str, why: str, run_file: RunFile, folder: Path, tmp_path: Path
+) -> None:
+    config = run_file()
+    opened(folder, config, GOOD, THREE)
+    assert ask("nodes", folder).returncode == 0
+    record(tmp_path / "out/run", "running")
+    (tmp_path / "out/run/run.yaml").write_text(config.read_text())
+    (folder / "n3.log").write_text(log)
+    assert ask("close", folder, "1").stdout == f"{answer}\n"
+    status = json.loads((tmp_path / "out/run/status.json").read_text())
+    assert (status["state"], status["reason"]) == (state, why)
+
+
 def test_what_failed_first_is_found_in_the_nodes_logs(run_file: RunFile, folder: Path) -> None:
     opened(folder, run_file(), GOOD, THREE)
     assert ask("nodes", folder).returncode == 0
