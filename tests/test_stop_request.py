@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_the_schedulers_warning_is_a_file_beside_the_users_own(tmp_path: Path) -
 def test_signals_that_a_launcher_blocks_are_heard_within(no_terminal: None) -> None:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
-        os.kill(os.getpid(), signal.SIGTERM)  # while the model loads
+        # while the model loads; sent to this thread alone, for those that other tests left behind do not block it
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         with StopRequest() as stop:
             assert stop.asked == "SIGTERM"
         assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
