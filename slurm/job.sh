@@ -42,6 +42,7 @@ settle() {
   # the number of an array's last task is the array's, too: 17 means all tasks, 17_3 is one
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job=${job:-$SLURM_JOB_ID}
+  wanted=$((12000 + SLURM_JOB_ID % 20000)) # the port, below those that systems give out themselves
   folder=$PWD/qlora-$job
   mkdir -p "$folder" || refuse "$folder cannot be made. Submit from a folder that all nodes share and that is yours"
   rm -f "$folder/warning" "$folder/verdict.json"
@@ -128,7 +129,7 @@ preflight() {
   esac
   attended timeout --kill-after=10 "${QLORA_PREFLIGHT_S:-90}" srun "${steps[@]}" --kill-on-bad-exit=0 \
     --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" "${inside[@]}" "$python" -m job preflight "$@" \
-    --report --port $((12000 + SLURM_JOB_ID % 20000)) >"$folder/facts.jsonl" # below what systems give out themselves
+    --report --port "$wanted" >"$folder/facts.jsonl"
   choose_nodes "${options[@]}"
   [[ $checks == full && ! -e $folder/warning ]] || return 0
   launch preflight --nodes "$names" --verdict "$folder/verdict.json" && return
@@ -140,7 +141,7 @@ preflight() {
 # Sets address, port and names of the nodes that the run gets; writes the hostfile.
 choose_nodes() {
   local answer
-  answer=$(on_first job.launch.slurm nodes "$folder" "$@") || exit
+  answer=$(on_first job.launch.slurm nodes "$folder" "$wanted" "$@") || exit
   read -r address port names <<<"$answer"
 }
 
@@ -151,6 +152,8 @@ launch() {
   count=$(wc -l <"$folder/hostfile")
   if [[ $launcher == pdsh ]]; then
     on_first job.launch.slurm keep "$folder" >/dev/null || return
+    # else deepspeed starts the ranks of a single node here
+    [[ ,$names, == *,$SLURMD_NODENAME,* ]] || common+=(--force_multi)
     attended "$python" -m job.launch.slurm.node "$folder" deepspeed "${common[@]}" "${ranks[@]}"
     local code=$?
     end_ranks

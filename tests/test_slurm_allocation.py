@@ -79,7 +79,7 @@ CASES: dict[str, Case] = {
         (),
         [numbers(2, 3), numbers(0, 1)],
     ),
-    "ids": (allocated("gpu:4", "n1", "n2"), [said("n1", UUIDS), said("n2", PARTS)], "all", (), [UUIDS, PARTS]),
+    "ids": (allocated("gpu:4", "n1", "n2"), [said("n1", UUIDS), said("n2", PARTS[:1])], "all", (), [UUIDS, PARTS[:1]]),
     "unmanaged": (
         allocated("(null)", "n1", "n2"),
         [said("n1", gpus=2), said("n2", gpus=4)],
@@ -106,7 +106,7 @@ def found(name: str) -> tuple[Node, ...]:
 
 
 def start_of(*nodes: Node) -> Start:
-    return Start("17", ("run.yaml", "lora.rank=8"), "s3://bucket/ü", 1000.0, 3, nodes)
+    return Start("17", ("run.yaml", "lora.rank=8"), "s3://bucket/ü", "2026-11-21T10:00:00+00:00", 3, nodes)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -185,6 +185,25 @@ def test_a_node_with_fewer_gpus_than_processes_is_named() -> None:
     )
 
 
+def test_several_ranks_on_parts_of_gpus_are_refused_and_one_is_not() -> None:
+    facts = [said("n1", PARTS)]
+    with pytest.raises(InputError) as refused:
+        nodes_of(allocated("gpu:4", "n1"), facts, "all")
+    assert str(refused.value) == (
+        "n1 gave 2 parts of GPUs (MIG), and several ranks cannot have one each: CUDA shows a process only the first. "
+        "Ask for whole GPUs or one part a node, or set parallel.processes=1"
+    )
+    (node,) = nodes_of(allocated("gpu:4", "n1"), facts, 1)
+    assert own_gpus(start_of(node), {"CROSS_RANK": "0"}) == {"CUDA_VISIBLE_DEVICES": PARTS[0]}
+
+
+def test_a_node_with_gpus_that_said_nothing_is_named_and_does_not_train_on_its_cpu() -> None:
+    with pytest.raises(JobError) as refused:
+        nodes_of(allocated("gpu:4", "n1", "n2"), [said("n1", numbers(0))], "all")
+    assert str(refused.value) == "n2 said nothing, and so not which of its GPUs are this job's. Leave it out"
+    assert nodes_of(allocated("gpu:4", "n1", "n2"), [said("n1", numbers(0))], "all", ["n2"])
+
+
 @pytest.mark.parametrize(("allocation", "without"), [("", ()), (allocated("(null)", "n1", "n2"), ("n2", "n1"))])
 def test_without_a_node_there_is_no_run(allocation: str, without: Sequence[str]) -> None:
     with pytest.raises(InputError) as refused:
@@ -228,7 +247,7 @@ def test_a_start_is_read_back(tmp_path: Path) -> None:
 
 
 def damaged(**changed: Any) -> str:
-    good: dict[str, Any] = {"job": "1", "words": [], "output": "", "begun": 0.0, "step": 0, "nodes": []}
+    good: dict[str, Any] = {"job": "1", "words": [], "output": "", "before": "", "step": 0, "nodes": []}
     return json.dumps({name: value for name, value in {**good, **changed}.items() if value is not None})
 
 

@@ -130,7 +130,7 @@ def folder(tmp_path: Path) -> Path:
     """A job's folder; of its nodes n10 alone has a GPU."""
     names = [line.split()[0] for line in HOSTS.splitlines()]
     nodes = tuple(Node(name, name, ("0",) if name == "n10" else ()) for name in names)
-    Start("17", ("run.yaml",), "out", 0.0, 0, nodes).save(tmp_path)
+    Start("17", ("run.yaml",), "out", "", 0, nodes).save(tmp_path)
     (tmp_path / HOSTFILE).write_text(HOSTS)
     return tmp_path
 
@@ -174,13 +174,24 @@ def test_a_node_becomes_the_launcher(
     assert blocked == sum(1 << (each - 1) for each in BLOCKED), "SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2, also in children"
 
 
+@pytest.mark.parametrize("here", ["n1", "n3"])
+def test_a_node_that_starts_ranks_elsewhere_need_not_have_any(here: str, folder: Path) -> None:
+    done = on_node(folder, here, Path(sys.executable).name, "-c", CHILD, "--force_multi")
+    assert done.returncode == 0, done.stderr
+    arguments, _, accelerator, _ = json.loads(done.stdout)
+    assert arguments == ["--force_multi"] and accelerator is None, "n10 has a GPU"
+
+
 def refused(done: "subprocess.CompletedProcess[str]") -> str:
     assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
     return done.stderr.strip()
 
 
 def test_what_a_node_cannot_do_is_said_in_a_sentence(folder: Path, tmp_path: Path) -> None:
-    assert refused(on_node(folder, "n3", "true")) == "JobError: node n3 is not in the hostfile (n2, n10, n1)"
+    assert (
+        refused(on_node(folder, "n3", "true", "{node_rank}"))
+        == "JobError: node n3 is not in the hostfile (n2, n10, n1)"
+    )
     missing = refused(on_node(folder, "n2", "no-such-command", "--node_rank={node_rank}"))
     cure = "Install the package there as on the others"
     assert missing == f"JobError: there is no command no-such-command on this node. {cure}"

@@ -47,22 +47,21 @@ def refused(done: Done, code: int) -> str:
     return done.stderr.strip()
 
 
-def record(output: Path, state: str, why: str = "", step: int = 3, ago: float = 0) -> None:
-    """The run's status, as of `ago` seconds before now."""
+def record(output: Path, state: str, why: str = "", step: int = 3, ago: float = 0) -> str:
+    """The run's status, as of `ago` seconds before now; when that was."""
     output.mkdir(parents=True, exist_ok=True)
     updated = (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec="seconds")
     status = {"state": state, "reason": why, "step": step, "updated": updated, "checkpoint": step}
     (output / "status.json").write_text(json.dumps(status))
+    return updated
 
 
 def test_a_new_run_opens(run_file: RunFile, folder: Path, tmp_path: Path) -> None:
     config = run_file()
-    begun = datetime.now().timestamp()
     done = ask("open", folder, config, "lora.rank=8")
     assert (done.returncode, done.stdout, done.stderr) == (0, "go\n", "")
     start = Start.read(folder)
-    assert start == Start("17", (str(config), "lora.rank=8"), str(tmp_path / "out/run"), start.begun, 0)
-    assert begun - 1 <= start.begun <= datetime.now().timestamp()
+    assert start == Start("17", (str(config), "lora.rank=8"), str(tmp_path / "out/run"), "", 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -73,6 +72,7 @@ def test_a_run_that_goes_on_opens_with_its_step_and_one_that_is_finished_does_no
     record(output, "interrupted", "SIGTERM", step=2)
     (output / "run.yaml").write_text(config.read_text())
     assert ask("open", folder, config).stdout == "go\n" and Start.read(folder).step == 2
+    assert Start.read(folder).before == json.loads((output / "status.json").read_text())["updated"]
     (folder / "job.json").unlink()
     record(output, "finished")
     done = ask("open", folder, config)
@@ -123,9 +123,11 @@ def test_a_missing_run_file_is_wrong_too(folder: Path) -> None:
     )
 
 
-def opened(folder: Path, config: Path, facts: Sequence[Facts], allocation: str, *words: str, step: int = 0) -> None:
+def opened(
+    folder: Path, config: Path, facts: Sequence[Facts], allocation: str, *words: str, before: str = "", step: int = 0
+) -> None:
     """As `open` and the preflight on the nodes leave the folder; srun says things between the lines."""
-    Start("17", (str(config), *words), "x", float(int(datetime.now().timestamp())), step).save(folder)
+    Start("17", (str(config), *words), "x", before, step).save(folder)
     (folder / "allocation").write_text(allocation)
     lines = [line for one in facts for line in ("slurmstepd: something", one.to_json())]
     (folder / "facts.jsonl").write_text("\n".join(lines) + "\n")
@@ -138,7 +140,7 @@ THREE = allocated("gpu:4", "n1", "n2", "n3")
 
 def test_nodes_are_answered_with_address_port_and_names(run_file: RunFile, folder: Path) -> None:
     opened(folder, run_file(), GOOD[::-1], THREE)
-    done = ask("nodes", folder, SLURMD_NODENAME="n2")
+    done = ask("nodes", folder, "12017", SLURMD_NODENAME="n2")
     assert (done.returncode, done.stdout, done.stderr) == (0, "10.0.0.1 12018 n1,n2,n3\n", "")
     assert (folder / "hostfile").read_text() == "n1 slots=2\nn2 slots=2\nn3 slots=2\n"
     start = Start.read(folder)
@@ -148,7 +150,7 @@ def test_nodes_are_answered_with_address_port_and_names(run_file: RunFile, folde
 
 def test_a_bad_node_is_named_and_nothing_starts(run_file: RunFile, folder: Path) -> None:
     opened(folder, run_file(), BAD[1:], THREE)
-    assert refused(ask("nodes", folder), 1).splitlines() == [
+    assert refused(ask("nodes", folder, "12017"), 1).splitlines() == [
         "n1: did not report",
         "n3: data.train: rows.jsonl: there is no such file",
         "JobError: n1, n3: see above. Exclude with sbatch --exclude=n1,n3, or set QLORA_LEAVE_OUT=1",
@@ -158,53 +160,65 @@ def test_a_bad_node_is_named_and_nothing_starts(run_file: RunFile, folder: Path)
 
 def test_bad_nodes_are_left_out_or_only_warned_of(run_file: RunFile, folder: Path) -> None:
     opened(folder, run_file(), BAD, THREE)
-    done = ask("nodes", folder, "--leave-out")
+    done = ask("nodes", folder, "12017", "--leave-out")
     assert (done.returncode, done.stdout) == (0, "10.0.0.1 12018 n1,n2\n")
     assert done.stderr.splitlines() == ["n3: data.train: rows.jsonl: there is no such file", "left out: n3"]
-    done = ask("nodes", folder, "--only-warn")
+    done = ask("nodes", folder, "12017", "--only-warn")
     assert (done.returncode, done.stdout) == (0, "10.0.0.1 12018 n1,n2,n3\n")
     assert done.stderr.splitlines() == ["n3: data.train: rows.jsonl: there is no such file"]
+
+
+def test_a_first_node_that_said_nothing_gets_the_port_of_the_job_and_one_without_a_port_is_named(
+    run_file: RunFile, folder: Path
+) -> None:
+    opened(folder, run_file(), [said("n2")], allocated("(null)", "n1", "n2"))
+    assert ask("nodes", folder, "12017", "--only-warn").stdout == "10.0.0.1 12017 n1,n2\n"
+    opened(folder, run_file(), [replace(said("n1"), port=0), said("n2")], allocated("(null)", "n1", "n2"))
+    wrong = refused(ask("nodes", folder, "12017", "--only-warn"), 1).splitlines()[-1]
+    assert wrong == "JobError: n1 has no free port from 12017 on. Leave it out, or end what holds them"
 
 
 def test_nodes_that_the_others_could_not_speak_to_are_left_out_too(run_file: RunFile, folder: Path) -> None:
     opened(folder, run_file(), GOOD, THREE)
     verdict: dict[str, Any] = {"faults": {"n1": ["cannot be reached"]}, "warnings": {"n2": ["slow"]}, "general": []}
     (folder / "verdict.json").write_text(json.dumps(verdict))
-    done = ask("nodes", folder, "--leave-out")
+    done = ask("nodes", folder, "12017", "--leave-out")
     assert (done.returncode, done.stdout, done.stderr) == (0, "10.0.0.2 12019 n2,n3\n", "left out: n1\n")
     assert (folder / "hostfile").read_text() == "n2 slots=2\nn3 slots=2\n"
     (folder / "facts.jsonl").write_text("\n".join(one.to_json() for one in GOOD[1:]))
-    assert ask("nodes", folder, "--leave-out").stderr.splitlines()[-1] == "left out: n1", "once"
+    assert ask("nodes", folder, "12017", "--leave-out").stderr.splitlines()[-1] == "left out: n1", "once"
     (folder / "verdict.json").write_text(json.dumps({"faults": {name: ["bad"] for name in ("n1", "n2", "n3")}}))
     cure = "Repair those that were named, or ask for others"
-    said = refused(ask("nodes", folder, "--leave-out"), 2).splitlines()[-1]
+    said = refused(ask("nodes", folder, "12017", "--leave-out"), 2).splitlines()[-1]
     assert said == f"InputError: no node is left to run on. {cure}"
 
 
 def test_processes_a_node_come_from_the_words_of_the_job(run_file: RunFile, folder: Path) -> None:
     opened(folder, run_file(), GOOD[:1], allocated("gpu:4", "n1"), "parallel.processes=1")
-    assert ask("nodes", folder).stdout == "127.0.0.1 12018 n1\n"
+    assert ask("nodes", folder, "12017").stdout == "127.0.0.1 12018 n1\n"
     assert (folder / "hostfile").read_text() == "n1 slots=1\n"
     opened(folder, run_file(), GOOD[:1], allocated("gpu:4", "n1"), "parallel.processes=4")
-    assert "in the settings for n1\n  parallel.processes: 4, and here are 2 GPUs" in refused(ask("nodes", folder), 2)
+    assert "in the settings for n1\n  parallel.processes: 4, and here are 2 GPUs" in refused(
+        ask("nodes", folder, "12017"), 2
+    )
 
 
 @pytest.mark.parametrize(
-    ("state", "why", "ago", "warned", "code", "answer", "said"),
+    ("state", "why", "old", "warned", "code", "answer", "said"),
     [
-        ("finished", "", 0, False, 1, "done 0", "finished after step 3"),
-        ("failed", "loss is nan", 0, False, 1, "failed 1", "loss is nan"),
-        ("running", "", 0, False, 137, "again 1", "its processes were lost after step 3"),
-        ("interrupted", "SIGTERM", 0, False, 75, "again 75", "interrupted by SIGTERM after step 3"),
-        ("interrupted", "SIGINT", 0, False, 75, "stopped 75", "interrupted by SIGINT after step 3"),
-        ("running", "", 60, False, 2, "failed 2", "the run did not begin; what the ranks said tells why"),
-        ("finished", "", 60, True, 1, "again 75", "the scheduler wanted the nodes back before the run began"),
+        ("finished", "", False, False, 1, "done 0", "finished after step 3"),
+        ("failed", "loss is nan", False, False, 1, "failed 1", "loss is nan"),
+        ("running", "", False, False, 137, "again 1", "its processes were lost after step 3"),
+        ("interrupted", "SIGTERM", False, False, 75, "again 75", "interrupted by SIGTERM after step 3"),
+        ("interrupted", "SIGINT", False, False, 75, "stopped 75", "interrupted by SIGINT after step 3"),
+        ("running", "", True, False, 2, "failed 2", "the run did not begin; what the ranks said tells why"),
+        ("finished", "", True, True, 1, "again 75", "the scheduler wanted the nodes back before the run began"),
     ],
 )
 def test_what_comes_next(
     state: str,
     why: str,
-    ago: float,
+    old: bool,
     warned: bool,
     code: int,
     answer: str,
@@ -213,8 +227,8 @@ def test_what_comes_next(
     folder: Path,
     tmp_path: Path,
 ) -> None:
-    opened(folder, run_file(), GOOD, THREE, step=1)
-    record(tmp_path / "out/run", state, why, ago=ago)
+    updated = record(tmp_path / "out/run", state, why, ago=3600)  # the clock of the first rank's node is behind
+    opened(folder, run_file(), GOOD, THREE, before=updated if old else "2026-11-21T10:00:00+00:00", step=1)
     if warned:
         (folder / "warning").touch()
     done = ask("close", folder, str(code))
@@ -244,7 +258,7 @@ def test_a_lost_run_has_failed_when_a_rank_said_why(
 ) -> None:
     config = run_file()
     opened(folder, config, GOOD, THREE)
-    assert ask("nodes", folder).returncode == 0
+    assert ask("nodes", folder, "12017").returncode == 0
     record(tmp_path / "out/run", "running")
     (tmp_path / "out/run/run.yaml").write_text(config.read_text())
     (folder / "n3.log").write_text(log)
@@ -255,7 +269,7 @@ def test_a_lost_run_has_failed_when_a_rank_said_why(
 
 def test_what_failed_first_is_found_in_the_nodes_logs(run_file: RunFile, folder: Path) -> None:
     opened(folder, run_file(), GOOD, THREE)
-    assert ask("nodes", folder).returncode == 0
+    assert ask("nodes", folder, "12017").returncode == 0
     assert ask("faults", folder).stdout == f"no rank said why; see {folder}/*.log\n"
     (folder / "n1.log").write_bytes(b"[0] step 3: loss \xff1.0\n[0] JobError: another rank ended after step 3\n")
     (folder / "n3.log").write_text("[4] step 3: loss 1.0\n[4] ValueError: first\n[4] bye\n")

@@ -199,3 +199,17 @@ def test_a_bad_node_is_named_or_left_out(run_of: RunFile, cluster: Cluster, tmp_
     smaller = Batch(cluster, tmp_path / "work", *words, QLORA_LEAVE_OUT="1")
     assert smaller.ended() == "COMPLETED" and "left out: n2" in smaller.said(), smaller.said()
     assert (smaller.folder / "hostfile").read_text() == "n1 slots=1\n"
+
+
+def test_over_ssh_the_first_node_can_be_left_out_too(run_of: RunFile, cluster: Cluster, tmp_path: Path) -> None:
+    """The batch script and deepspeed's runner stay on it; the rank is on the other."""
+    config = run_of("bad-first")
+    rows = config.parent / "rows-of-n2"
+    rows.mkdir()
+    (rows / "rows.jsonl").write_bytes((config.parent / "rows.jsonl").read_bytes())
+    assert subprocess.run(cluster.hosts["n1"].command("mount", "-t", "tmpfs", "tmpfs", rows)).returncode == 0
+    words = (ZERO3, config, f"data.train={rows}/rows.jsonl", "train.max_steps=2")
+    batch = Batch(cluster, tmp_path / "work", *words, QLORA_LAUNCHER="pdsh", QLORA_LEAVE_OUT="1")
+    assert batch.ended() == "COMPLETED" and "left out: n1" in batch.said(), batch.said()
+    assert (batch.folder / "hostfile").read_text() == "n2 slots=1\n"
+    assert "step 2" in (batch.folder / "n2.log").read_text() and not (batch.folder / "n1.log").exists()

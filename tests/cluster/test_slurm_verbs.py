@@ -26,7 +26,7 @@ status() {
 say() { echo "[$1] $2" >>"$folder/n1.log"; }
 mkdir -p "$out" "$folder"
 echo "start ${SLURM_RESTART_COUNT:-0}"
-printf '{"job": "%s", "output": "%s", "words": ["run.yaml"], "begun": %s}' "$SLURM_JOB_ID" "$out" "$(date +%s)" \
+printf '{"job": "%s", "output": "%s", "words": ["run.yaml"], "before": ""}' "$SLURM_JOB_ID" "$out" \
   >"$folder/job.json"
 cp run.yaml "$out"
 status running "" 0

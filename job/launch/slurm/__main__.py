@@ -1,7 +1,7 @@
 """What the batch scripts in slurm/ ask on the first node of a job; each answer is one line on stdout.
 
 python -m job.launch.slurm open FOLDER CONFIG [section.key=value ...]    go, or done
-python -m job.launch.slurm nodes FOLDER [--leave-out] [--only-warn]      address, port and names of the nodes
+python -m job.launch.slurm nodes FOLDER PORT [--leave-out] [--only-warn] address, port and names of the nodes
 python -m job.launch.slurm close FOLDER CODE                             done, again, stopped or failed, and a code
 python -m job.launch.slurm faults FOLDER                                 what failed first
 python -m job.launch.slurm sweep CONFIG FILE TASK [section.key=value ...]  a setting a line
@@ -11,10 +11,9 @@ python -m job.launch.slurm keep FOLDER                                   (the en
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from job.config import RunConfig, load_config, load_dotenv_file
@@ -46,17 +45,19 @@ def open_job(folder: Path, words: Sequence[str]) -> str:
     if run.already_finished():
         _say(f"This run is finished already ({run.status.step if run.status else 0} steps): {run.store.url}")
         return "done"
-    step = run.status.step if run.status else 0
-    identity = os.environ["SLURM_JOB_ID"]
-    Start(identity, tuple(words), config.output.url, float(int(time.time())), step).save(folder)
+    before, step = (run.status.updated, run.status.step) if run.status else ("", 0)
+    Start(os.environ["SLURM_JOB_ID"], tuple(words), config.output.url, before, step).save(folder)
     return "go"
 
 
 def nodes(folder: Path, options: Sequence[str]) -> str:
     """Judge what the nodes said, and write the hostfile.
 
+    Args:
+        options: first the port from which on they looked for a free one.
+
     Raises:
-        JobError: a node is bad.
+        JobError: a node is bad, or the first has no free port.
         InputError: none is left.
     """
     start = Start.read(folder)
@@ -75,9 +76,11 @@ def nodes(folder: Path, options: Sequence[str]) -> str:
     found = nodes_of(allocation, facts, _config(start.words).parallel.processes, without)
     (folder / HOSTFILE).write_text(hostfile(found))
     replace(start, nodes=found).save(folder)
-    ports = {one.node: one.port for one in facts}
+    port = next((one.port for one in facts if one.node == found[0].name), int(options[0]))
+    if not port:
+        raise JobError(f"{found[0].name} has no free port from {options[0]} on. Leave it out, or end what holds them")
     address = address_of_first(found, os.environ.get("SLURMD_NODENAME", ""))
-    return f"{address} {ports.get(found[0].name, 0)} {','.join(node.name for node in found)}"
+    return f"{address} {port} {','.join(node.name for node in found)}"
 
 
 def _found_bad_together(folder: Path) -> list[str]:
@@ -92,12 +95,12 @@ def close_job(folder: Path, code: int) -> str:
     run = RunFolder(_config(start.words))
     status, holder = run.status, held_by(run.store)
     ours = holder is None or holder.job_id == start.job  # else another run's, and this one was refused
-    this_start = ours and status is not None and datetime.fromisoformat(status.updated).timestamp() >= start.begun
+    this_start = ours and status is not None and status.updated != start.before
     failure = _failure(start, folder)
     cause = failure.lines[-1] if failure and not failure.follows else ""
     found = outcome(status, this_start, start.step, (folder / WARNING).exists(), code, cause)
-    if found.verdict == "failed":
-        run.abandon(found.why, datetime.fromtimestamp(start.begun, UTC))
+    if found.verdict == "failed" and status and this_start:
+        run.abandon(found.why, datetime.fromisoformat(status.updated))
     _say(f"{run.store.url}: {found.why}")
     return f"{found.verdict} {found.code}"
 

@@ -40,7 +40,8 @@ class Start:
         job: the scheduler's id.
         words: CONFIG and settings.
         output: output.url.
-        begun: when this start began, Unix seconds.
+        before: when the run's status.json was last written as this start began, by the clock of whoever wrote it; empty
+            without any. What differs from it is of this start, whatever the clocks of the nodes say.
         step: how far the run was then.
         nodes: in the order of the hostfile; empty until they have reported.
     """
@@ -48,7 +49,7 @@ class Start:
     job: str
     words: tuple[str, ...]
     output: str
-    begun: float
+    before: str
     step: int
     nodes: tuple[Node, ...] = ()
 
@@ -80,23 +81,32 @@ def nodes_of(
 
     Args:
         allocation: a line a node: its name, its address, and what SLURM shares out there beside CPUs and memory.
-        facts: what they said; a node that said nothing has no GPUs of this job.
+        facts: what they said; a node without GPUs may have said nothing.
         processes: parallel.processes, counted on each node.
         without: names of nodes to leave out.
 
     Raises:
-        InputError: none is left, a node has fewer GPUs than processes, or GPUs that are for jobs that ask for them.
+        InputError: none is left, a node has fewer GPUs than processes, GPUs that are for jobs that ask for them, or
+            a rank for each of several parts of GPUs.
+        JobError: a node said nothing that has GPUs.
     """
     said = {one.node: one for one in facts}
     found = []
     for name, address, shared_out in (line.split() for line in allocation.splitlines()):
         if name in without:
             continue
+        if name not in said and "gpu" in shared_out:
+            raise JobError(f"{name} said nothing, and so not which of its GPUs are this job's. Leave it out")
         gpus = _gpus(said[name], "gpu" in shared_out) if name in said else ()
         try:
             slots = ranks_on(processes, len(gpus))
         except ConfigError as fault:
             raise ConfigError(f"the settings for {name}", fault.faults) from fault
+        if sum(gpu.startswith("MIG-") for gpu in gpus[:slots]) > 1:
+            raise InputError(
+                f"{name} gave {len(gpus)} parts of GPUs (MIG), and several ranks cannot have one each: CUDA shows a "
+                "process only the first. Ask for whole GPUs or one part a node, or set parallel.processes=1"
+            )
         found.append(Node(name, address, gpus, slots))
     if not found:
         raise InputError("no node is left to run on. Repair those that were named, or ask for others")

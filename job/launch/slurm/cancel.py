@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from datetime import datetime
 
 from job.config import RunConfig
 from job.errors import InputError, OutputError
@@ -82,7 +81,7 @@ def _not_begun(job: Job, run: Run) -> bool:
     """Whether this start of the job has not come to its run yet, which would remove an earlier stop key."""
     if run.status is None or run.status.state != "running":
         return True
-    return datetime.fromisoformat(run.status.updated).timestamp() < float(job.about().get("begun", 0))
+    return bool(run.status.updated == job.about().get("before", ""))
 
 
 def _ask(run: Run, config: RunConfig | None) -> None:

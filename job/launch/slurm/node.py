@@ -10,12 +10,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from job.errors import JobError
 from job.launch.slurm.allocation import HOSTFILE, Start
 
+NODE_RANK = "{node_rank}"
 BLOCKED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -33,11 +34,16 @@ def node_rank(hosts: str, env: Mapping[str, str]) -> int:
 
 
 def main(folder: str, *command: str) -> None:
-    """Become the command, with {node_rank} replaced."""
-    start = Start.read(Path(folder))  # says so where the folder is not there
-    rank = node_rank(Path(folder, HOSTFILE).read_text(), os.environ)
-    words: Sequence[str] = [word.replace("{node_rank}", str(rank)) for word in command]
-    if not start.nodes[rank].gpus:
+    """Become the command, with {node_rank} replaced. Without it the command starts ranks elsewhere, and this node need
+    not have any."""
+    start, words = Start.read(Path(folder)), list(command)  # says so where the folder is not there
+    if any(NODE_RANK in word for word in words):
+        rank = node_rank(Path(folder, HOSTFILE).read_text(), os.environ)
+        words = [word.replace(NODE_RANK, str(rank)) for word in words]
+        with_gpus = bool(start.nodes[rank].gpus)
+    else:
+        with_gpus = any(node.gpus for node in start.nodes)
+    if not with_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for others, and says so
     beside = Path(sys.executable).parent / words[0]  # the same environment's
     program = str(beside) if beside.exists() else shutil.which(words[0])

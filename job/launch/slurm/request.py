@@ -163,8 +163,6 @@ def sweep_runs(path: str, words: Sequence[str], sweep: str) -> list[RunConfig]:
             runs.append(load_config(path, settings_of(path, Path(sweep), task, words)))
         except ConfigError as fault:
             raise ConfigError(f"{sweep}, line of task {task}", fault.faults) from fault
-        except ValueError as fault:  # a quote that is not closed
-            raise InputError(f"{sweep}, line of task {task}: {fault}. Quote as in a shell") from fault
     return runs
 
 
