@@ -10,8 +10,9 @@ import yaml
 
 from job.config import RunConfig, load_config
 from job.errors import ConfigError, InputError, OutputError
+from job.launch.blame import first_failure
 from job.launch.slurm.jobs import Job, duration, in_folders, parse_queue, parse_sacct, parse_show
-from job.launch.slurm.logs import Files, first_failure
+from job.launch.slurm.logs import Files
 from job.launch.slurm.pending import in_words, never_starts
 from job.launch.slurm.request import Wanted, address, job_name, make_request
 from job.launch.slurm.submit import look_first

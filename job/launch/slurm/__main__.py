@@ -18,9 +18,9 @@ from pathlib import Path
 
 from job.config import RunConfig, load_config, load_dotenv_file
 from job.errors import InputError, JobError
+from job.launch.blame import Failure, first_failure
+from job.launch.outcome import outcome
 from job.launch.slurm.allocation import HOSTFILE, Start, address_of_first, hostfile, nodes_of
-from job.launch.slurm.logs import Failure, first_failure
-from job.launch.slurm.outcome import outcome
 from job.launch.slurm.rank import ENVIRONMENT
 from job.launch.slurm.sweep import settings_of
 from job.lease import held_by

@@ -2,7 +2,7 @@
 
 import pytest
 
-from job.launch.slurm.outcome import Outcome, outcome
+from job.launch.outcome import Outcome, outcome
 from job.run_folder import LOST_RANK, State, Status
 from job.stop import STOP_FILE, STOP_KEY, TIME_LIMIT, WARNING, WORDS
 
