@@ -56,7 +56,8 @@ class World:
     @classmethod
     def from_env(cls, env: Mapping[str, str], local_rank: int | None = None) -> Self:
         """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed, accelerate, Ray), LOCAL_WORLD_SIZE (deepspeed:
-        LOCAL_SIZE) SLURM_JOB_ID and SLURM_RESTART_COUNT, which is set from the first restart on.
+        LOCAL_SIZE), and the job: QLORA_JOB_ID and QLORA_JOB_ATTEMPT of our own launchers, else SLURM_JOB_ID and
+        SLURM_RESTART_COUNT, which is set from the first restart on.
 
         Args:
             env: the environment; nothing else is looked at.
@@ -65,9 +66,12 @@ class World:
         Raises:
             InputError: a variable is no number, or the numbers contradict each other.
         """
+        job, counter = env.get("QLORA_JOB_ID"), "QLORA_JOB_ATTEMPT"
+        if job is None:
+            job, counter = env.get("SLURM_JOB_ID"), "SLURM_RESTART_COUNT"
         numbers = {}
         names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", local_rank or 0), ("LOCAL_SIZE", 0)
-        for name, default in (*names, ("LOCAL_WORLD_SIZE", 0), ("SLURM_RESTART_COUNT", 0)):
+        for name, default in (*names, ("LOCAL_WORLD_SIZE", 0), (counter, 0)):
             text = env.get(name, str(default))
             if not (text.isascii() and text.isdecimal()):
                 raise InputError(f"The environment's {name} is {text!r}, expected a number. Unset it or use a launcher")
@@ -76,8 +80,7 @@ class World:
             raise InputError(f"RANK is {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']}, expected less")
         whole = numbers["WORLD_SIZE"]
         here = numbers["LOCAL_WORLD_SIZE"] or numbers["LOCAL_SIZE"]
-        job = env.get("SLURM_JOB_ID")
-        attempt = numbers["SLURM_RESTART_COUNT"] if job else None
+        attempt = numbers[counter] if job else None
         return cls(numbers["RANK"], whole, numbers["LOCAL_RANK"], job, here, attempt)
 
     @property

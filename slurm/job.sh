@@ -10,8 +10,12 @@
 # SLURM warns before the time is over or a job is preempted (--signal): a file tells the ranks, wherever they are.
 
 set -uo pipefail
+trap warn_ranks USR1 TERM # from here on, or a notice that comes early ends the script
+# settings of people's own for these programs change what they print
+unset "${!SQUEUE_@}" "${!SCONTROL_@}"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
 export demo=$here/../configs/smollm2-135m-demo.yaml # the run file when none is named
 
 refuse() {
@@ -20,18 +24,19 @@ refuse() {
 }
 
 warn_ranks() {
-  if [[ -n ${folder:-} && ! -e $folder/warning ]]; then
-    echo "$(date -Is) SLURM gives notice: the run is asked to save and end"
-    touch "$folder/warning"
-  fi
+  [[ -n ${noticed:-} ]] || echo "$(date -Is) SLURM gives notice: the run is asked to save and end"
+  noticed=1
+  [[ -z ${folder:-} ]] || touch "$folder/warning"
 }
 
 settle() {
   local given log site=${QLORA_SITE:-$here/site.sh}
   if [[ -r $site ]]; then
     given=$(export -p | sed -n 's/^declare -x QLORA_/declare -gx QLORA_/p') # by `qlora submit` or the user: it wins
+    set +u # modules and people's own files look at variables that may not be there
     # shellcheck source=/dev/null
     . "$site" || refuse "$site failed"
+    set -u
     eval "$given"
   elif [[ -n ${QLORA_SITE:-} ]]; then
     refuse "QLORA_SITE: there is no file $site"
@@ -45,20 +50,21 @@ settle() {
   wanted=$((12000 + SLURM_JOB_ID % 20000)) # the port, below those that systems give out themselves
   folder=$PWD/qlora-$job
   mkdir -p "$folder" || refuse "$folder cannot be made. Submit from a folder that all nodes share and that is yours"
-  rm -f "$folder/warning" "$folder/verdict.json"
+  rm -f "$folder/warning" "$folder/verdict.json" "$folder"/facts.*
+  [[ -z ${noticed:-} ]] || touch "$folder/warning"
   export QLORA_WARNING_FILE=$folder/warning
   scontrol show hostnames "$SLURM_JOB_NODELIST" >"$folder/names"
   scontrol --oneliner show node "$SLURM_JOB_NODELIST" |
     sed -nE 's/^NodeName=([^ ]+) .*Gres=([^ ]+) .*NodeAddr=([^ ]+) .*/\1 \3 \2/p' >"$folder/known"
-  # in the order of the job's list: name, address, GPUs and the like
-  awk 'NR == FNR { known[$1] = $0; next } { print ($1 in known) ? known[$1] : $1 " " $1 " (null)" }' \
+  # in the order of the job's list: name, address, GPUs and the like; where SLURM does not tell, there may be GPUs
+  awk 'FILENAME == ARGV[1] { known[$1] = $0; next } { print ($1 in known) ? known[$1] : $1 " " $1 " gpu:unknown" }' \
     "$folder/known" "$folder/names" >"$folder/allocation"
   rm "$folder/names" "$folder/known"
   # tells when the time is over, so that a run whose steps are long stops before the notice
   if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     local end
     end=$(scontrol --oneliner show job "$job" | sed -nE 's/.* EndTime=([^ ]+) .*/\1/p')
-    end=$(date -d "$end" +%s 2>/dev/null) && export SLURM_JOB_END_TIME=$end
+    [[ -z $end ]] || { end=$(date -d "$end" +%s 2>/dev/null) && export SLURM_JOB_END_TIME=$end; }
   fi
   for log in "$folder"/*.log; do
     [[ ! -e $log ]] || echo "--- start ${SLURM_RESTART_COUNT:-0}, $(date -Is)" >>"$log"
@@ -71,7 +77,10 @@ find_python() {
   steps=(--export=ALL --ntasks-per-node=1 --kill-on-bad-exit=1)
   local cpus=${SLURM_CPUS_PER_TASK:-}
   [[ ${SLURM_JOB_CPUS_PER_NODE:-,} == *,* ]] || cpus=${cpus:-${SLURM_CPUS_ON_NODE:-}}
-  [[ -z $cpus ]] || steps+=(--cpus-per-task="$cpus") # srun takes none over from sbatch
+  # srun takes none over from sbatch; on nodes of several sizes a task is not bound to a part of what the job has there
+  if [[ -n $cpus ]]; then steps+=(--cpus-per-task="$cpus"); else steps+=(--cpu-bind=none); fi
+  # what sbatch was told by the GPU or task excludes what steps are told here
+  unset SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_NTASKS SLURM_NPROCS SLURM_TRES_PER_TASK
   inside=()
   if [[ -n ${QLORA_CONTAINER:-} ]]; then
     python=${QLORA_PYTHON:-python3}
@@ -79,8 +88,9 @@ find_python() {
     read -ra options <<<"${QLORA_CONTAINER_OPTIONS:-}"
     case ${QLORA_CONTAINER_RUNTIME:-apptainer} in
       apptainer | singularity)
-        inside=("${QLORA_CONTAINER_RUNTIME:-apptainer}" exec --nv --bind "$PWD" "${options[@]}" "$QLORA_CONTAINER") ;;
-      pyxis) steps+=(--container-image="$QLORA_CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD"
+        inside=("${QLORA_CONTAINER_RUNTIME:-apptainer}" exec --nv --bind "$PWD,$root" "${options[@]}" "$QLORA_CONTAINER") ;;
+      pyxis) steps+=(--container-image="$QLORA_CONTAINER" --container-mounts="$PWD:$PWD,$root:$root"
+        --container-workdir="$PWD"
         "${options[@]}") ;;
       *) refuse "QLORA_CONTAINER_RUNTIME is $QLORA_CONTAINER_RUNTIME, expected apptainer, singularity or pyxis" ;;
     esac
@@ -128,8 +138,8 @@ preflight() {
     *) refuse "QLORA_PREFLIGHT is $checks, expected full, nodes or off" ;;
   esac
   attended timeout --kill-after=10 "${QLORA_PREFLIGHT_S:-90}" srun "${steps[@]}" --kill-on-bad-exit=0 \
-    --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" "${inside[@]}" "$python" -m job preflight "$@" \
-    --report --port "$wanted" >"$folder/facts.jsonl"
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --output="$folder/facts.%t" \
+    "${inside[@]}" "$python" -m job preflight "$@" --report --port "$wanted" # a file each: long lines would mix
   choose_nodes "${options[@]}"
   [[ $checks == full && ! -e $folder/warning ]] || return 0
   launch preflight --nodes "$names" --verdict "$folder/verdict.json" && return
@@ -148,13 +158,16 @@ choose_nodes() {
 # launch VERB [OPTION ...]: runs `qlora VERB` with the job's words in all ranks.
 launch() {
   local common=(--hostfile "$folder/hostfile" --master_addr "$address" --master_port "$port" --quiet)
-  local ranks=(--module job.launch.slurm.rank "$folder" "$@") count
+  local ranks=(--module job.launch.slurm.rank "$folder" "$@")
   count=$(wc -l <"$folder/hostfile")
   if [[ $launcher == pdsh ]]; then
     on_first job.launch.slurm keep "$folder" >/dev/null || return
     # else deepspeed starts the ranks of a single node here
     [[ ,$names, == *,$SLURMD_NODENAME,* ]] || common+=(--force_multi)
-    attended "$python" -m job.launch.slurm.node "$folder" deepspeed "${common[@]}" "${ranks[@]}"
+    # deepspeed writes these and the file .deepspeed_env into the command lines of ssh, where everybody reads them
+    local secrets=("${!MLFLOW@}")
+    attended env "${secrets[@]/#/--unset=}" DS_ENV_FILE=no-such-file "$python" -m job.launch.slurm.node "$folder" \
+      deepspeed "${common[@]}" "${ranks[@]}"
     local code=$?
     end_ranks
     return $code
@@ -164,21 +177,37 @@ launch() {
     deepspeed "${common[@]}" --no_ssh '--node_rank={node_rank}' "${ranks[@]}"
 }
 
-# What ssh started is not SLURM's to end. This job's processes alone name its folder.
+# What ssh started is not SLURM's to end. This job's processes alone name its folder: launchers, ranks, and who writes
+# down what they say.
 end_ranks() {
-  [[ $launcher == pdsh && -n ${names:-} ]] || return 0
+  [[ ${launcher:-} == pdsh && -n ${count:-} ]] || return 0
   rm -f "$folder/environment.json"
+  local escaped
+  escaped=$(printf %s "$folder" | sed 's/[][\.*^$+?(){}|]/\\&/g')
   # shellcheck disable=SC2016 # there
   srun --overlap "${steps[@]}" --kill-on-bad-exit=0 --nodes="$count" --ntasks="$count" --nodelist="$names" \
-    bash -c 'pkill -KILL -f -- "$0"; true' "[j]ob[.]launch[.]slurm[.]rank .*$folder "
+    bash -c 'pkill -KILL -f -- "$0"; true' "([j]ob[.]launch[.]slurm[.]rank .*|[q]lora_job=)$escaped "
+  count=
+}
+
+# The job's state; when SLURM does not answer for a while, what it must be.
+state_now() {
+  local state
+  for _ in 1 2 3 4 5 6; do
+    state=$(squeue --noheader --states=all --jobs="$job" --format=%T) && [[ -n $state ]] && break
+    sleep 5
+  done
+  echo "${state:-RUNNING}"
 }
 
 close_job() {
   local answer verdict code
-  # on a signal of its own the job is over, whoever sent it, and SLURM has decided what becomes of it
-  [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]] || exit 75
-  answer=$(on_first job.launch.slurm close "$folder" "$1") || exit
+  answer=$(on_first job.launch.slurm close "$folder" "$1") || exit 1
   read -r verdict code <<<"$answer"
+  # on a signal of its own the job is over, whoever sent it, and SLURM has decided what becomes of it
+  if [[ $verdict != "done" && $(state_now) != RUNNING ]]; then
+    exit 75
+  fi
   case $verdict in
     again)
       trap '' USR1 TERM # requeuing sends TERM, too
@@ -192,7 +221,6 @@ close_job() {
 
 # run_job CONFIG [section.key=value ...]
 run_job() {
-  trap warn_ranks USR1 TERM
   trap end_ranks EXIT
   settle
   if [[ $1 == "$demo" ]]; then

@@ -129,8 +129,11 @@ def opened(
     """As `open` and the preflight on the nodes leave the folder; srun says things between the lines."""
     Start("17", (str(config), *words), "x", before, step).save(folder)
     (folder / "allocation").write_text(allocation)
+    for old in folder.glob("facts.*"):
+        old.unlink()
     lines = [line for one in facts for line in ("slurmstepd: something", one.to_json())]
-    (folder / "facts.jsonl").write_text("\n".join(lines) + "\n")
+    for number, line in enumerate(lines):
+        (folder / f"facts.{number}").write_text(f"{line}\n")
 
 
 GOOD = [replace(said("n1", ("2", "3")), port=12018), replace(said("n2", UUIDS), port=12019), said("n3", ("0", "1"))]
@@ -185,7 +188,7 @@ def test_nodes_that_the_others_could_not_speak_to_are_left_out_too(run_file: Run
     done = ask("nodes", folder, "12017", "--leave-out")
     assert (done.returncode, done.stdout, done.stderr) == (0, "10.0.0.2 12019 n2,n3\n", "left out: n1\n")
     assert (folder / "hostfile").read_text() == "n2 slots=2\nn3 slots=2\n"
-    (folder / "facts.jsonl").write_text("\n".join(one.to_json() for one in GOOD[1:]))
+    opened(folder, run_file(), GOOD[1:], THREE)
     assert ask("nodes", folder, "12017", "--leave-out").stderr.splitlines()[-1] == "left out: n1", "once"
     (folder / "verdict.json").write_text(json.dumps({"faults": {name: ["bad"] for name in ("n1", "n2", "n3")}}))
     cure = "Repair those that were named, or ask for others"
@@ -233,6 +236,22 @@ def test_what_comes_next(
         (folder / "warning").touch()
     done = ask("close", folder, str(code))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{answer}\n", f"{tmp_path}/out/run: {said}\n")
+
+
+def test_starts_that_come_no_further_are_counted_and_the_last_one_fails(
+    run_file: RunFile, folder: Path, tmp_path: Path
+) -> None:
+    config, words = run_file(), ("checkpoint.max_restarts=1",)
+    (folder / "warning").touch()
+    for fruitless, answer in ((0, "again 75\n"), (1, "failed 1\n")):
+        assert ask("open", folder, config, *words).stdout == "go\n"
+        assert Start.read(folder).fruitless == fruitless
+        done = ask("close", folder, "1")
+        assert done.stdout == answer
+    assert "so did the starts before it, no step further. Raise the time between" in done.stderr
+    record(tmp_path / "out/run", "interrupted", "the scheduler's warning", step=2)
+    (tmp_path / "out/run/run.yaml").write_text(config.read_text())
+    assert ask("open", folder, config, *words).stdout == "go\n" and Start.read(folder).fruitless == 0
 
 
 def test_a_limit_that_leaves_no_time_for_a_step_is_told_by_the_step_before(

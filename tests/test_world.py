@@ -54,3 +54,11 @@ def test_an_environment_that_contradicts_itself_is_refused(env: Mapping[str, str
 
 def test_only_the_first_rank_speaks() -> None:
     assert [World(rank, 3).speaks for rank in range(3)] == [True, False, False]
+
+
+def test_our_own_launchers_name_of_a_job_wins_over_a_schedulers() -> None:
+    env = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "3", "QLORA_JOB_ID": "ray-1", "QLORA_JOB_ATTEMPT": "2"}
+    world = World.from_env(env)
+    assert (world.job_id, world.attempt) == ("ray-1", 2)
+    with pytest.raises(InputError, match="QLORA_JOB_ATTEMPT is 'x'"):
+        World.from_env({**env, "QLORA_JOB_ATTEMPT": "x"})

@@ -23,7 +23,13 @@ class Outcome:
 
 
 def outcome(
-    status: Status | None, this_start: bool, step_before: int, warned: bool, code: int, cause: str = ""
+    status: Status | None,
+    this_start: bool,
+    step_before: int,
+    warned: bool,
+    code: int,
+    cause: str = "",
+    enough: bool = False,
 ) -> Outcome:
     """Judge a start of the job that has ended.
 
@@ -35,7 +41,17 @@ def outcome(
         code: exit code of the launcher.
         cause: what a rank said that failed by itself; only the first rank writes the status, and may not have lived to
             hear of it.
+        enough: whether so many starts before this one came no further that another one is in vain, too.
     """
+    found = _judged(status, this_start, step_before, warned, code, cause)
+    no_further = status is None or not this_start or status.step <= step_before
+    if enough and no_further and found.verdict == "again":
+        cure = "Raise the time between the scheduler's notice and the end, or look for what ends them"
+        return Outcome("failed", f"{found.why}, and so did the starts before it, no step further. {cure}", 1)
+    return found
+
+
+def _judged(status: Status | None, this_start: bool, step_before: int, warned: bool, code: int, cause: str) -> Outcome:
     if status is None or not this_start:
         if warned:
             return Outcome("again", "the scheduler wanted the nodes back before the run began", Interrupted.exit_code)

@@ -100,7 +100,11 @@ def test_over_ssh_the_losses_are_the_same_and_secrets_stay_off_command_lines(
     run_of: RunFile, expected: list[float], cluster: Cluster, tmp_path: Path
 ) -> None:
     config = run_of("pdsh")
-    env = {"QLORA_LAUNCHER": "pdsh", "QLORA_PREFLIGHT": "full", "HF_TOKEN": "hf_a-secret-word"}
+    # deepspeed itself would write the second and what is in this file into command lines
+    env = {"QLORA_LAUNCHER": "pdsh", "QLORA_PREFLIGHT": "full"}
+    env |= {"HF_TOKEN": "hf_a-secret-word", "MLFLOW_TRACKING_TOKEN": "ml_a-secret-word"}
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/.deepspeed_env").write_text("WANDB_API_KEY=wb_a-secret-word\n")
     batch = Batch(cluster, tmp_path / "work", ZERO3, config, "train.max_steps=4", **env)
     lines, seen = set[str](), set[str | None]()
     while cluster.state(batch.id) in ("PENDING", "RUNNING"):
@@ -108,11 +112,13 @@ def test_over_ssh_the_losses_are_the_same_and_secrets_stay_off_command_lines(
             with suppress(psutil.Error):
                 lines.add(" ".join(process.cmdline()))
         ranks = [env_of(pid) for host in cluster.hosts.values() for pid in host.python_processes()]
-        seen |= {found.get("HF_TOKEN") for found in ranks if "RANK" in found}
+        seen |= {
+            found.get(name) for found in ranks if "RANK" in found for name in ("HF_TOKEN", "MLFLOW_TRACKING_TOKEN")
+        }
     assert batch.ended() == "COMPLETED", batch.said()
     assert losses(config.with_suffix("")) == pytest.approx(expected, rel=1e-5)
     assert any("pdsh -S" in line for line in lines) and not any("a-secret-word" in line for line in lines)
-    assert "hf_a-secret-word" in seen, "the ranks have it in their environment"
+    assert {"hf_a-secret-word", "ml_a-secret-word"} <= seen, "the ranks have them in their environment"
     assert not (batch.folder / "environment.json").exists()
     assert {line[:3] for line in (batch.folder / "n2.log").read_text().splitlines()} == {"[1]"}
     assert "a-secret-word" not in batch.said()
@@ -177,7 +183,11 @@ def test_what_is_wrong_is_said_before_a_node_does_anything(run_of: RunFile, clus
 
 def test_the_site_says_partition_and_environment_once(run_of: RunFile, cluster: Cluster, tmp_path: Path) -> None:
     site = tmp_path / "site.sh"
-    site.write_text("export SBATCH_PARTITION=short QLORA_PREFLIGHT=off\n")
+    # as sbatch sets it after SBATCH_CPUS_PER_GPU, and as files of modules look at what may not be set
+    site.write_text(
+        "export SBATCH_PARTITION=short QLORA_PREFLIGHT=off SLURM_CPUS_PER_GPU=2\n"
+        "export LD_LIBRARY_PATH=/nowhere:$NOT_SET_ANYWHERE\n"
+    )
     done = cluster.command("bash", "-c", f'. {site}; echo "$SBATCH_PARTITION"')
     env = {"QLORA_SITE": str(site), "SBATCH_PARTITION": done.stdout.strip()}
     batch = Batch(cluster, tmp_path / "work", SINGLE, run_of("site"), "train.max_steps=1", **env)

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.batch import ENDLESS, SINGLE, ZERO3, Batch, status
@@ -187,3 +188,29 @@ if os.environ.get("RANK") == "1":
         job.engine.Engine.train_step = train_step
     threading.Thread(target=fail, daemon=True).start()
 """
+
+
+def test_ranks_that_ssh_started_are_gone_before_their_job_starts_again(
+    run_of: RunFile, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Stuck ones, as in a collective, do not end when the connection does; and the folder is no pattern."""
+    config = run_of("stuck")
+    place = tmp_path / "c++ (a)"
+    batch = Batch(cluster, place, ZERO3, config, ENDLESS, "checkpoint.every_steps=2", QLORA_LAUNCHER="pdsh")
+    batch.wait_for("step 5/")
+    hosts = [cluster.hosts[line.split()[0]] for line in (batch.folder / "hostfile").read_text().splitlines()]
+    ranks = [pid for host in hosts for pid in host.python_processes() if is_rank(pid)]
+    assert len(ranks) == 2
+    (ssh,) = [
+        process.pid
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"].startswith("pdsh") and str(batch.folder) in " ".join(process.info["cmdline"])
+    ]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    os.kill(ssh, signal.SIGKILL)
+    batch.wait_for("start again: requeued")
+    assert not any(psutil.pid_exists(rank) and is_rank(rank) for rank in ranks)
+    assert "unbound variable" not in batch.said()
+    cluster.command("scancel", str(batch.id))
+    assert batch.ended() == "CANCELLED"

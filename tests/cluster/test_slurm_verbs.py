@@ -162,6 +162,16 @@ def test_a_run_is_submitted_watched_and_followed_to_its_end(place: Place) -> Non
     assert "nothing to cancel" in place.qlora("cancel", "run.yaml", code=2)
 
 
+def test_a_job_of_plain_sbatch_is_found_by_its_folder(place: Place) -> None:
+    place.script(HEARS)
+    number = place.cluster.sbatch("job.sh", cwd=place.folder, env=place.env)
+    said = place.until_it_says("running, step 0")
+    assert f"job {number}: RUNNING on n1, " in said
+    assert "is there now" in place.qlora("cancel", "run.yaml")
+    code, log = place.followed(place.follow())
+    assert code == 1 and "interrupted (a stop key), step 7" in log and f"job {number}: FAILED" in log, log
+
+
 def test_logs_begin_with_what_failed_first(place: Place) -> None:
     place.script(FAILS)
     number = place.submit()

@@ -11,13 +11,15 @@ python -m job.launch.slurm keep FOLDER                                   (the en
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from job.config import RunConfig, load_config, load_dotenv_file
-from job.errors import InputError, JobError
+from job.errors import InputError, JobError, OutputError
 from job.launch.blame import Failure, first_failure
 from job.launch.outcome import outcome
 from job.launch.slurm.allocation import HOSTFILE, Start, address_of_first, hostfile, nodes_of
@@ -27,8 +29,10 @@ from job.lease import held_by
 from job.preflight.facts import Facts
 from job.preflight.judge import judge
 from job.run_folder import RunFolder
+from job.uploads import passes
 
-ALLOCATION, FACTS, VERDICT, WARNING = "allocation", "facts.jsonl", "verdict.json", "warning"
+ALLOCATION, FACTS, VERDICT, WARNING = "allocation", "facts.*", "verdict.json", "warning"
+PATIENCE_S, PAUSE_S = 120.0, 5.0
 THEIR_OWN = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "CUDA_VISIBLE_DEVICES", "SLURMD_", "SSH_")
 """Variables of which each node or rank has its own, by their beginnings."""
 OF_THE_HOST = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "TMPDIR", "SLURM_LOCALID", "SLURM_PROCID", "SLURM_NODEID", "_")
@@ -41,13 +45,35 @@ def open_job(folder: Path, words: Sequence[str]) -> str:
         InputError: the settings are wrong, or the output folder is another run's.
     """
     config = _config(words)
-    run = RunFolder(config)
+    run = _folder_of(config)
     if run.already_finished():
         _say(f"This run is finished already ({run.status.step if run.status else 0} steps): {run.store.url}")
         return "done"
     before, step = (run.status.updated, run.status.step) if run.status else ("", 0)
-    Start(os.environ["SLURM_JOB_ID"], tuple(words), config.output.url, before, step).save(folder)
+    job, fruitless = os.environ["SLURM_JOB_ID"], 0
+    with suppress(JobError):  # this is the first start
+        last = Start.read(folder)
+        fruitless = last.fruitless + 1 if (last.job, last.step) == (job, step) else 0
+    Start(job, tuple(words), config.output.url, before, step, fruitless=fruitless).save(folder)
     return "go"
+
+
+def _folder_of(config: RunConfig) -> RunFolder:
+    """The run's folder; storage that does not answer is asked for a while, for a job would be lost with it.
+
+    Raises:
+        OutputError: it cannot be used, or has not answered for so long.
+    """
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return RunFolder(config)
+        except OutputError as fault:
+            lasting = fault.__cause__ is None or not passes(fault.__cause__)
+            if lasting or time.monotonic() > end:
+                raise
+            _say(f"{fault}; asked again")
+            time.sleep(PAUSE_S)
 
 
 def nodes(folder: Path, options: Sequence[str]) -> str:
@@ -62,7 +88,8 @@ def nodes(folder: Path, options: Sequence[str]) -> str:
     """
     start = Start.read(folder)
     allocation = (folder / ALLOCATION).read_text()
-    facts = [Facts.parse(line) for line in (folder / FACTS).read_text().splitlines() if line.startswith("{")]
+    lines = [line for file in sorted(folder.glob(FACTS)) for line in file.read_text().splitlines()]
+    facts = [Facts.parse(line) for line in lines if line.startswith("{")]
     verdict = judge(facts, [line.split()[0] for line in allocation.splitlines()])
     for line in verdict.lines():
         _say(line)
@@ -92,13 +119,15 @@ def _found_bad_together(folder: Path) -> list[str]:
 def close_job(folder: Path, code: int) -> str:
     """What comes next, by what the run recorded."""
     start = Start.read(folder)
-    run = RunFolder(_config(start.words))
+    config = _config(start.words)
+    run = _folder_of(config)
     status, holder = run.status, held_by(run.store)
     ours = holder is None or holder.job_id == start.job  # else another run's, and this one was refused
     this_start = ours and status is not None and status.updated != start.before
     failure = _failure(start, folder)
     cause = failure.lines[-1] if failure and not failure.follows else ""
-    found = outcome(status, this_start, start.step, (folder / WARNING).exists(), code, cause)
+    enough = start.fruitless >= config.checkpoint.max_restarts
+    found = outcome(status, this_start, start.step, (folder / WARNING).exists(), code, cause, enough)
     if found.verdict == "failed" and status and this_start:
         run.abandon(found.why, datetime.fromisoformat(status.updated))
     _say(f"{run.store.url}: {found.why}")

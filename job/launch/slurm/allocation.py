@@ -44,6 +44,7 @@ class Start:
             without any. What differs from it is of this start, whatever the clocks of the nodes say.
         step: how far the run was then.
         nodes: in the order of the hostfile; empty until they have reported.
+        fruitless: starts of this job before this one, without a break, that came no further.
     """
 
     job: str
@@ -52,6 +53,7 @@ class Start:
     before: str
     step: int
     nodes: tuple[Node, ...] = ()
+    fruitless: int = 0
 
     def save(self, folder: Path) -> None:
         """Write job.json."""

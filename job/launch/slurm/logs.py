@@ -7,8 +7,7 @@ from pathlib import Path
 from job.config import RunConfig
 from job.errors import InputError
 from job.launch.blame import BATCH, Failure, first_failure
-from job.launch.slurm.jobs import Job, in_folders, show
-from job.launch.slurm.request import address
+from job.launch.slurm.jobs import Job, show
 from job.launch.slurm.watch import forgotten, job_lines, jobs_of, run_of
 
 Say = Callable[[str], None]
@@ -125,17 +124,16 @@ def _job_of(config: RunConfig | None, job_id: str | None) -> Job:
     """
     jobs = jobs_of(config, job_id)
     if not jobs and config is not None:
-        folder = in_folders(address(config.output.url), Path.cwd())
-        if folder is None:
-            raise InputError(
-                f"there is no job of output.url {config.output.url}, neither in SLURM nor as a folder qlora-* here. "
-                "Go to the folder that it was submitted from, or submit it with qlora submit slurm"
-            )
-        return forgotten(folder)
+        raise InputError(
+            f"there is no job of output.url {config.output.url}, neither in SLURM nor as a folder qlora-* here. "
+            "Go to the folder that it was submitted from, or submit it with qlora submit slurm"
+        )
     begun = [job for job in jobs if not job.queued] or jobs
     if len(begun) > 1:
         ids = ", ".join(job.id for job in begun)
         raise InputError(f"these are several jobs ({ids}). Choose one with --job")
+    if "[" in begun[0].id:
+        raise InputError(f"job {begun[0].id} is an array, none of whose tasks has begun. See qlora status")
     return begun[0]
 
 

@@ -30,7 +30,8 @@ def main(words: Sequence[str]) -> None:
         os.environ.update(json.loads(kept.read_text()))
     os.environ.update(own_gpus(start, os.environ))
     number_lines(Path(folder, f"{start.nodes[int(os.environ['CROSS_RANK'])].name}.log"), os.environ["RANK"])
-    command = [sys.executable, "-u", "-m", "job", verb, *start.words, *options]
+    # the folder is there for whoever has to find this process: what is started over ssh no scheduler ends
+    command = [sys.executable, "-X", f"qlora_job={folder}", "-u", "-m", "job", verb, *start.words, *options]
     os.execv(sys.executable, command)  # noqa: S606 - our own
 
 

@@ -125,7 +125,16 @@ def jobs_of(config: RunConfig | None, job_id: str | None) -> list[Job]:
         return found or _left_behind(job_id)
     if config is None:
         raise InputError("neither CONFIG nor --job was given, so there is no job to look for. Give one of them")
-    return find(address(config.output.url))
+    url = address(config.output.url)
+    found = find(url)
+    folder = None if found else in_folders(url, Path.cwd())  # of a job that was submitted with plain sbatch
+    return found if folder is None else of_folder(folder)
+
+
+def of_folder(folder: Path) -> list[Job]:
+    """The job of a job folder."""
+    number = folder.name.removeprefix("qlora-")
+    return [job for job in show(number) if job.id == number] or [forgotten(folder)]
 
 
 def _left_behind(job_id: str) -> list[Job]:
@@ -174,10 +183,7 @@ def standings(config: RunConfig | None, job_id: str | None) -> list[Standing]:
             raise
         return [Standing(read_run(address(config.output.url), config), None, str(fault))]
     if not jobs and config is not None:
-        folder = in_folders(address(config.output.url), Path.cwd())
-        if folder is None:
-            return without_slurm(config)
-        jobs = [forgotten(folder)]
+        return without_slurm(config)
     return [Standing(run_of(job, config), job) for job in sorted(jobs, key=lambda job: job.number)]
 
 
