@@ -1,0 +1,1 @@
+"""Kubernetes, asked from outside: a request to helm, and what became of its RayJob."""

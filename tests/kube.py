@@ -1,0 +1,165 @@
+"""A stand-in for a cluster's API server, to which Kubernetes' real Python client talks over HTTP."""
+
+import asyncio
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kmock import KubernetesEmulator, Server, resource
+
+TOKEN = "eyJhbGciOi.c2VjcmV0.dG9rZW4"
+"""What the kubeconfig of a stand-in shows its server; nobody may ever print it."""
+NAMESPACE = "team"
+KINDS = {
+    "Pod": ("", "v1", "pods"),
+    "Event": ("", "v1", "events"),
+    "Secret": ("", "v1", "secrets"),
+    "ConfigMap": ("", "v1", "configmaps"),
+    "Node": ("", "v1", "nodes"),
+    "ResourceQuota": ("", "v1", "resourcequotas"),
+    "PersistentVolumeClaim": ("", "v1", "persistentvolumeclaims"),
+    "ServiceAccount": ("", "v1", "serviceaccounts"),
+    "RayJob": ("ray.io", "v1", "rayjobs"),
+    "CustomResourceDefinition": ("apiextensions.k8s.io", "v1", "customresourcedefinitions"),
+    "StorageClass": ("storage.k8s.io", "v1", "storageclasses"),
+    "PriorityClass": ("scheduling.k8s.io", "v1", "priorityclasses"),
+    "LocalQueue": ("kueue.x-k8s.io", "v1beta1", "localqueues"),
+    "Deployment": ("apps", "v1", "deployments"),
+}
+CLUSTER_WIDE = ("Node", "CustomResourceDefinition", "StorageClass", "PriorityClass")
+
+
+class _Emulator(KubernetesEmulator):
+    """With label and field selectors, which kmock leaves to its users."""
+
+    async def _serve_list(self, request: Any) -> Any:
+        found = await super()._serve_list(request)
+        labels = [one.partition("=") for one in request.params.get("labelSelector", "").split(",") if one]
+
+        def chosen(thing: dict[str, Any]) -> bool:
+            has = thing["metadata"].get("labels", {})
+            return all(name in has and (not equals or has[name] == value) for name, equals, value in labels)
+
+        return {**found, "items": [thing for thing in found["items"] if chosen(thing)]}
+
+
+class Kube:
+    """A cluster that does what a test tells it; used as a context manager."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.handler: Any = None
+        self.url = ""
+        self._ready, self._over = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=self.loop.run_until_complete, args=(self._serve(),), daemon=True)
+
+    def __enter__(self) -> "Kube":
+        self._thread.start()
+        assert self._ready.wait(20)
+        for kind in KINDS:
+            self._there(kind)
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.loop.call_soon_threadsafe(self._over.set)
+        self._thread.join(20)
+
+    async def _serve(self) -> None:
+        async with _Emulator() as self.handler, Server(self.handler) as server:
+            self.url = str(server.url).rstrip("/")
+            self._ready.set()
+            await self._over.wait()
+
+    def _there(self, kind: str) -> None:
+        self.call(lambda: self.handler.resources.__setitem__(resource(*KINDS[kind]), {"namespaced": True}))
+
+    def call(self, act: Callable[[], Any]) -> Any:
+        """Do something in the server's own thread."""
+
+        async def done() -> Any:
+            return act()
+
+        return asyncio.run_coroutine_threadsafe(done(), self.loop).result(20)
+
+    def path(self, kind: str, name: str = "", namespace: str = NAMESPACE) -> str:
+        """The path of things of a kind, or of one."""
+        group, version, plural = KINDS[kind]
+        begin = f"/apis/{group}/{version}" if group else f"/api/{version}"
+        within = "" if kind in CLUSTER_WIDE else f"/namespaces/{namespace}"
+        return f"{begin}{within}/{plural}" + (f"/{name}" if name else "")
+
+    def add(self, kind: str, name: str, *, namespace: str = NAMESPACE, **parts: Any) -> dict[str, Any]:
+        """Put a thing there; `metadata` is added to what it needs."""
+        meta = {"name": name, "resourceVersion": "1", **parts.pop("metadata", {})}
+        if kind not in CLUSTER_WIDE:
+            meta["namespace"] = namespace
+        self._send("POST", self.path(kind, namespace=namespace), {"metadata": meta, **parts})
+        return {"metadata": meta, **parts}
+
+    def change(self, kind: str, name: str, **parts: Any) -> None:
+        """Merge into a thing, as its controller does; watches hear of it."""
+        self._send("PATCH", self.path(kind, name), parts)
+
+    def remove(self, kind: str, name: str) -> None:
+        """Have a thing gone."""
+        self._send("DELETE", self.path(kind, name), None)
+
+    def _send(self, method: str, path: str, thing: Any) -> None:
+        body = None if thing is None else json.dumps(thing).encode()
+        headers = {"Content-Type": "application/json", "User-Agent": "test"}
+        urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers, method=method)).read()
+
+    def refuse(self, words: str, status: int, message: str = "", **more: Any) -> None:
+        """Answer requests such as `get /api/v1/nodes` with a refusal."""
+        said = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status, "message": message, **more}
+        self.answer(words, status, said)
+
+    def answer(self, words: str, *said: Any) -> None:
+        """Answer such requests with a status, an object, or the parts of a stream."""
+
+        def tell() -> None:
+            reaction = self.handler[words]
+            for one in said:
+                reaction = reaction << one
+
+        self.call(tell)
+
+    def asked(self, method: str, path: str = "") -> list[Any]:
+        """The requests that came, of tests' own none."""
+        found = [one for one in list(self.handler) if one.headers.get("User-Agent") != "test"]
+        return [one for one in found if one.method.value.lower() == method.lower() and path in str(one.url)]
+
+    def kubeconfig(self, folder: Path, namespace: str | None = NAMESPACE) -> Path:
+        """A kubeconfig for this cluster, with two contexts, `here` and `elsewhere`."""
+        return write_kubeconfig(folder, self.url, namespace)
+
+
+def write_kubeconfig(folder: Path, url: str, namespace: str | None = NAMESPACE) -> Path:
+    """A kubeconfig for the server at this address."""
+    contexts = [
+        {"name": "here", "context": {"cluster": "c", "user": "u"} | ({"namespace": namespace} if namespace else {})},
+        {"name": "elsewhere", "context": {"cluster": "c", "user": "u", "namespace": "other"}},
+    ]
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "clusters": [{"name": "c", "cluster": {"server": url}}],
+        "users": [{"name": "u", "user": {"token": TOKEN}}],
+        "contexts": contexts,
+    }
+    path = folder / "kubeconfig"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@contextmanager
+def cluster() -> Iterator[Kube]:
+    """A cluster for as long as it is needed."""
+    with Kube() as kube:
+        yield kube
