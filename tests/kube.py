@@ -5,12 +5,14 @@ import json
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from kmock import KubernetesEmulator, Server, resource
+
+from job.launch.slurm.request import tag
 
 TOKEN = "eyJhbGciOi.c2VjcmV0.dG9rZW4"
 """What the kubeconfig of a stand-in shows its server; nobody may ever print it."""
@@ -129,6 +131,11 @@ class Kube:
 
         self.call(tell)
 
+    def answer_once(self, words: str, said: Any) -> None:
+        """Answer the first of such requests."""
+        left = [said]
+        self.answer(words, lambda: left.pop() if left else NotImplemented)
+
     def asked(self, method: str, path: str = "") -> list[Any]:
         """The requests that came, of tests' own none."""
         found = [one for one in list(self.handler) if one.headers.get("User-Agent") != "test"]
@@ -158,8 +165,40 @@ def write_kubeconfig(folder: Path, url: str, namespace: str | None = NAMESPACE) 
     return path
 
 
-@contextmanager
-def cluster() -> Iterator[Kube]:
-    """A cluster for as long as it is needed."""
+@pytest.fixture(name="kube")
+def make_kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kube]:
+    """A cluster, and KUBECONFIG set to reach it."""
     with Kube() as kube:
+        monkeypatch.setenv("KUBECONFIG", str(kube.kubeconfig(tmp_path)))
         yield kube
+
+
+def add_rayjob(kube: Kube, name: str, url: str, stage: str = "Running", state: str = "", **more: Any) -> dict[str, Any]:
+    """A RayJob as the chart and KubeRay leave it; `more` goes into its status, `spec` and `labels` beside it."""
+    labels = {"qlora.run": tag(url), "app.kubernetes.io/instance": "first", **more.pop("labels", {})}
+    meta = {"labels": labels, "annotations": {"qlora.output": url}, "creationTimestamp": more.pop("created", "2026")}
+    spec = {"backoffLimit": 2, "rayClusterSpec": {"workerGroupSpecs": [{"replicas": 2}]}, **more.pop("spec", {})}
+    status = {"jobDeploymentStatus": stage, "jobStatus": state, "rayClusterName": f"{name}-abc", **more}
+    return kube.add("RayJob", name, metadata=meta, spec=spec, status=status)
+
+
+def add_pod(kube: Kube, name: str, job: str, role: str, phase: str = "Running", **status: Any) -> dict[str, Any]:
+    """A pod of a RayJob: its submitter, head or worker, with one container."""
+    labels = {"job-name": job} if role == "submitter" else {"ray.io/cluster": f"{job}-abc", "ray.io/node-type": role}
+    state = {"running": {}} if phase == "Running" else {"terminated": {"exitCode": 0}}
+    containers = [] if phase == "Pending" else [{"name": f"ray-{role}", "state": state}]
+    told = {"phase": phase, "containerStatuses": containers, **status}
+    return kube.add("Pod", name, metadata={"labels": labels}, spec={}, status=told)
+
+
+def add_event(kube: Kube, kind: str, about: str, reason: str, message: str, type: str = "Warning") -> None:
+    """An event of a thing."""
+    told = {"type": type, "reason": reason, "message": message, "lastTimestamp": f"2026-11-21T15:00:{len(message):03}Z"}
+    kube.add("Event", f"{about}.{reason.lower()}", involvedObject={"kind": kind, "name": about}, **told)
+
+
+def write_status(folder: Path, state: str, **more: Any) -> None:
+    """A run's status.json in its folder."""
+    folder.mkdir(exist_ok=True)
+    status = {"state": state, "reason": "", "step": 3, "updated": "2026-11-21T15:00:00+00:00", "checkpoint": 2, **more}
+    (folder / "status.json").write_text(json.dumps(status))

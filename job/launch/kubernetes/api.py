@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from yaml import YAMLError
+
 from job import __version__
 from job.errors import InputError
 from job.launch.kubernetes.refusals import Asked, message, refusal, unreachable, without_tokens
@@ -136,7 +138,7 @@ class Cluster:
         query: Mapping[str, str],
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
-        silence_s: float = ANSWER_S,
+        silence_s: float | None = None,
     ) -> Any:
         """The answer, whose body is not read yet.
 
@@ -145,17 +147,18 @@ class Cluster:
         """
         from urllib3.exceptions import HTTPError
 
+        waits = (min(ANSWER_S, 10.0), silence_s or ANSWER_S)  # to connect, and for each part of the answer
         words = self._client.param_serialize(
             method, path, query_params=list(query.items()), header_params=dict(headers or {}), body=body,
             auth_settings=["BearerToken"],
         )  # fmt: skip
         try:
-            response = self._client.call_api(*words, _request_timeout=(min(ANSWER_S, 10.0), silence_s))
+            response = self._client.call_api(*words, _request_timeout=waits)
             if 200 <= response.status < 300:
                 return response
             said = self._no_token(response.read().decode(errors="replace"))
         except HTTPError as fault:
-            raise unreachable(fault, self.server, silence_s) from fault
+            raise unreachable(fault, self.server, waits[1]) from fault
         raise refusal(response.status, said, self.server, asked)
 
     def _no_token(self, said: str) -> str:
@@ -192,9 +195,10 @@ def connect(namespace: str | None = None, context: str | None = None) -> Cluster
             contexts, active = loader.list_kube_config_contexts(config_file=file)
             chosen = next((known for known in contexts if known["name"] == context), active)
             context, own = chosen["name"], chosen["context"].get("namespace")
-    except (config.ConfigException, OSError, KeyError, TypeError, ValueError) as fault:
+    except (config.ConfigException, YAMLError, OSError, KeyError, TypeError, ValueError) as fault:
+        said = without_tokens(" ".join(str(fault).split())).rstrip(".")
         raise InputError(
-            f"no cluster is known here: {without_tokens(' '.join(str(fault).split()))}. Set KUBECONFIG, log in to the "
+            f"no cluster is known here: {said}. Set KUBECONFIG, log in to the "
             "cluster, or give --context as kubectl config get-contexts lists them"
         ) from fault
     settings.retries = urllib3.Retry(total=2, read=0, backoff_factor=0.2)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from job.config import RunConfig
 from job.errors import InputError, JobError
 from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.jobs import Job, parse, pods_of, show
-from job.launch.kubernetes.logs import Log, Source, chosen, sources, tell_failure
+from job.launch.kubernetes.logs import Log, Source, chosen, job_of, print_logs, sources, tell_failure
 from job.launch.kubernetes.pending import stage_in_words
 from job.launch.kubernetes.refusals import Absent, Expired
 from job.launch.kubernetes.watch import job_lines, run_of, why
@@ -24,20 +25,31 @@ ANSWERS_AGAIN_S = 600.0
 """Seconds for which an API server that does not answer is asked again."""
 
 
-def follow_logs(cluster: Cluster, job: Job, config: RunConfig | None, pod: str | None, put: Say, say: Say) -> int:
-    """Print the logs of a RayJob until it ends; 0 if its run finished, else 1.
+def logs(
+    cluster: Cluster, config: RunConfig | None, name: str | None, follow: bool, pod: str | None, put: Say, say: Say
+) -> int:
+    """Print the logs of a run's RayJob; the exit code: when followed, 0 if its run finished, else 1.
 
     Args:
+        name: of a RayJob, instead of settings.
+        follow: go on until it ends.
         pod: show this pod's log alone.
         put: gets the lines of the logs.
         say: hears why it waits, and how it ended.
 
     Raises:
-        InputError: the user may not read them.
+        InputError: there is no such RayJob, it has no logs, or the user may not read them.
         JobError: the API server does not answer.
     """
+    job = job_of(cluster, config, name)
+    if not follow:
+        print_logs(cluster, job, pod, put)
+        return 0
     if job.active:
         job = _Follow(cluster, job, pod, put, say).to_the_end()
+    else:
+        with suppress(Absent):  # its pods are removed some time after the end
+            print_logs(cluster, job, pod, put)
     run = run_of(job, config)
     for line in [*(run.lines() if run else []), *job_lines(job)]:
         say(line)

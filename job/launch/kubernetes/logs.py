@@ -118,7 +118,7 @@ def print_logs(cluster: Cluster, job: Job, pod: str | None, put: Say) -> None:
         put: gets the lines of the logs.
 
     Raises:
-        InputError: it has no logs yet, or none of that pod.
+        Absent: it has no logs yet, or none of that pod.
         JobError: the API server does not answer.
     """
     pods = chosen(pods_of(cluster, job), pod)
@@ -171,9 +171,9 @@ def chosen(pods: list[dict[str, Any]], name: str | None) -> list[dict[str, Any]]
     return [pod for pod in pods if name in (None, pod["metadata"]["name"])]
 
 
-def _nothing(cluster: Cluster, job: Job, pod: str | None) -> InputError:
+def _nothing(cluster: Cluster, job: Job, pod: str | None) -> Absent:
     if pod is not None:
         others = ", ".join(one["metadata"]["name"] for one in pods_of(cluster, job)) or "none"
-        return InputError(f"--node {pod}: job {job.name} has no log of a pod of this name. There are: {others}")
+        return Absent(f"--node {pod}: job {job.name} has no log of a pod of this name. There are: {others}")
     gone = "its pods are removed" if not job.active else "none of its pods has begun"
-    return InputError(f"job {job.name} has no logs: {gone}. See qlora status --on kubernetes; -f waits for them")
+    return Absent(f"job {job.name} has no logs: {gone}. See qlora status --on kubernetes; -f waits for them")

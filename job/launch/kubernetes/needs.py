@@ -167,7 +167,7 @@ def quantity(text: str | int | float) -> float:
 
 def is_gpu(name: str) -> bool:
     """Whether a resource is GPUs: nvidia.com/gpu, amd.com/gpu, a part of one (nvidia.com/mig-1g.10gb)."""
-    return "/" in name and bool(re.search(r"gpu|/mig-", name.partition("/")[2]))
+    return "/" in name and bool(re.search(r"gpu|^mig-", name.partition("/")[2]))
 
 
 def tolerates(spec: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:

@@ -122,7 +122,7 @@ def make_request(config: RunConfig, path: str, words: Sequence[str], wanted: Wan
     for file in wanted.values:
         if not Path(file).is_file():
             raise InputError(f"--values {file}: there is no such file. Give a YAML file with values of the chart")
-    values: dict[str, Any] = {"settings": list(words)}
+    values: dict[str, Any] = {"settings": list(words)}  # also when empty: those of a values file were not looked at
     values |= {"nodes": wanted.nodes} if wanted.nodes is not None else {}
     values |= {"gpusPerNode": wanted.gpus_per_node} if wanted.gpus_per_node is not None else {}
     return Request(release, str(_chart()), path, wanted.values, values, wanted.namespace, wanted.context)
