@@ -117,6 +117,10 @@ def test_the_notes_say_how_to_watch_read_and_fetch(tmp_path: Path) -> None:
 def test_the_notes_follow_where_the_adapter_is(tmp_path: Path) -> None:
     elsewhere = helm.real(settings=["output.url=gs://b/it's"])
     assert """gcloud storage cp -r 'gs://b/it'"'"'s/adapter' adapter""" in notes(elsewhere, tmp_path)
+    minio = helm.real(settings=["storage.endpoint=http://minio:9000"])
+    assert "aws s3 cp --recursive --endpoint-url http://minio:9000 s3://bucket/runs/first/adapter" in notes(
+        minio, tmp_path
+    )
     smoke = notes({}, tmp_path)
     assert "No run was given" in smoke
     assert ":/scratch/smoke/adapter" in smoke
@@ -125,7 +129,7 @@ def test_the_notes_follow_where_the_adapter_is(tmp_path: Path) -> None:
 def nodes_of(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schema inside a schema, but for the conditions of its rules."""
     yield path, schema
-    for name in ("properties", "$defs"):
+    for name in ("properties", "definitions"):
         for key, inner in schema.get(name, {}).items():
             yield from nodes_of(inner, f"{path}/{key}")
     if isinstance(schema.get("items"), dict):
@@ -134,13 +138,13 @@ def nodes_of(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]
 
 def test_the_schema_is_closed_and_describes_every_value() -> None:
     schema = json.loads((helm.CHART / "values.schema.json").read_text())
-    shared = schema["$defs"]
+    shared = schema["definitions"]
     for path, node in nodes_of(schema):
         if node.get("type") == "object":
             assert node.get("additionalProperties") is not None, f"{path} takes anything"
             assert node["additionalProperties"] is not True, f"{path} takes anything"
         if not path.endswith("[]"):
-            known = node if "$ref" not in node else {**shared[node["$ref"].removeprefix("#/$defs/")], **node}
+            known = node if "$ref" not in node else {**shared[node["$ref"].removeprefix("#/definitions/")], **node}
             assert known.get("description"), f"{path} is not described"
 
 

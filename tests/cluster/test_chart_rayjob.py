@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from job.launch.kubernetes.request import OUTPUT_NOTE, RUN_LABEL
+from job.launch.slurm.request import address, tag
 from tests.cluster import helm, kuberay
 from tests.cluster.test_chart import GOOD, named
 
@@ -159,6 +161,14 @@ def test_the_name_changes_with_what_a_cluster_is_made_of_and_with_nothing_else()
     ]
     assert len({name, *others}) == 6
     assert job_name(backoffLimit=5, ttlSecondsAfterFinished=1, suspend=True, activeDeadlineSeconds=9) == name
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/runs/first", "s3://bucket/runs/first//", "file:///cache/runs/first/"])
+def test_status_logs_and_cancel_find_the_job_by_its_output(url: str) -> None:
+    values = helm.real(config=yaml.safe_dump({"output": {"url": url}}), cache={"existingClaim": "weights"})
+    metadata = helm.rayjob(values)["metadata"]
+    assert metadata["labels"][RUN_LABEL] == tag(address(url))
+    assert metadata["annotations"] == {OUTPUT_NOTE: address(url)}
 
 
 def test_long_names_of_releases_fit() -> None:

@@ -14,6 +14,8 @@ from tests.cluster.test_chart import GOOD, named
 
 LEAVES_RESTRICTED = "rdma-ipc-lock"
 SECRET = "planted-a9f3c2e1"
+WRITTEN = ("HOME", "HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+"""Variables that name folders which are written."""
 
 
 def pods(manifests: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -75,11 +77,13 @@ def test_roots_are_read_only_and_what_is_written_has_a_place(values: Path) -> No
             mounts = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
             assert {"/scratch", "/tmp"} <= mounts
             env = {one["name"]: one["value"] for one in container["env"]}
-            asked = ["HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"] + ["HF_HOME", "XDG_CACHE_HOME"] * (
-                name != "submitter"
-            )
-            for variable in asked:
+            for variable in WRITTEN if name != "submitter" else ["HOME"]:
                 assert any(f"{env[variable]}/".startswith(f"{mount}/") for mount in mounts), (name, variable)
+
+
+@pytest.mark.parametrize("values", GOOD, ids=named)
+def test_every_volume_is_mounted_and_has_a_size(values: Path) -> None:
+    for pod in pods(helm.template(values)).values():
         mounted = {mount["name"] for container in containers(pod["spec"]) for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
         for volume in pod["spec"]["volumes"]:
@@ -125,6 +129,26 @@ def test_a_secret_among_plain_variables_is_refused_without_being_said(name: str)
     with pytest.raises(ValueError, match=f"env: {name} looks like a secret") as refused:
         helm.template(helm.real(env={name: SECRET}))
     assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"https://user:{SECRET}@host/rows.jsonl",
+        f"https://host/rows.jsonl?X-Amz-Signature={SECRET}",
+        f"https://host/rows?se=1&sig={SECRET}",
+        "AKIA" + "A1" * 8,
+        "hf_" + "a1" * 17,
+    ],
+)
+@pytest.mark.parametrize("place", ["config", "settings"])
+def test_a_secret_in_the_run_is_refused_without_being_said(place: str, text: str) -> None:
+    values = helm.real(settings=[f"data.train={text}"])
+    if place == "config":
+        values = helm.real(config=yaml.safe_dump({"data": {"train": text}, "output": {"url": "s3://b/x"}}))
+    with pytest.raises(ValueError, match="holds a password, a key or a signed address") as refused:
+        helm.template(values)
+    assert text not in str(refused.value)
 
 
 def test_variables_that_only_sound_like_secrets_pass() -> None:

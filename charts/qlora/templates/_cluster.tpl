@@ -133,7 +133,7 @@ spec:
     - name: ray-job-submitter
       {{- include "qlora.containerBasics" (dict "root" .) | nindent 6 }}
       env:
-        {{- include "qlora.places" . | nindent 8 }}
+        {{- include "qlora.home" . | nindent 8 }}
         {{- include "qlora.rayToken" . | nindent 8 }}
       resources:
         {{- include "qlora.resources" .Values.submitter | nindent 8 }}

@@ -13,7 +13,9 @@ then the default. Takes (dict "root" $ "section" .. "key" .. "default" ..).
 {{- define "qlora.setting" -}}
 {{- $section := get (include "qlora.config" .root | fromYaml) .section | default dict -}}
 {{- $found := .default -}}
-{{- if and (kindIs "map" $section) (hasKey $section .key) -}}{{- $found = get $section .key -}}{{- end -}}
+{{- if kindIs "map" $section -}}
+{{- if not (kindIs "invalid" (get $section .key)) }}{{ $found = get $section .key }}{{ end -}}
+{{- end -}}
 {{- $prefix := printf "%s.%s=" .section .key -}}
 {{- range .root.Values.settings -}}
 {{- if hasPrefix $prefix . -}}{{- $found = trimPrefix $prefix . -}}{{- end -}}
@@ -21,10 +23,11 @@ then the default. Takes (dict "root" $ "section" .. "key" .. "default" ..).
 {{- $found -}}
 {{- end -}}
 
-{{/* Where the run leaves its adapter. */}}
+{{/* Where the run leaves its adapter, as status.json's readers write it: a path without file://, no slash at the end. */}}
 {{- define "qlora.outputUrl" -}}
 {{- $smoke := ternary "" "/scratch/smoke" (not (empty .Values.config)) -}}
-{{- include "qlora.setting" (dict "root" . "section" "output" "key" "url" "default" $smoke) | trimSuffix "/" -}}
+{{- $url := include "qlora.setting" (dict "root" . "section" "output" "key" "url" "default" $smoke) -}}
+{{- regexReplaceAll "/+$" (trimPrefix "file://" $url) "" -}}
 {{- end -}}
 
 {{/* A digest says exactly which image it is, and wins over the tag. */}}

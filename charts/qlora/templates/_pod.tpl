@@ -61,14 +61,18 @@ requests: {{ toJson $all }}
 {{- end -}}
 
 {{/* The root is read-only: whatever is written has one of these places. */}}
-{{- define "qlora.places" -}}
+{{- define "qlora.home" -}}
 - {name: HOME, value: /scratch}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+{{- end -}}
+
+{{- define "qlora.places" -}}
+{{ include "qlora.home" . }}
 - {name: XDG_CACHE_HOME, value: /cache}
 - {name: HF_HOME, value: /cache/huggingface}
 - {name: TRITON_CACHE_DIR, value: /scratch/triton}
 - {name: TORCHINDUCTOR_CACHE_DIR, value: /scratch/inductor}
 - {name: TORCH_EXTENSIONS_DIR, value: /scratch/torch_extensions}
-- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 {{- end -}}
 
 {{/* KubeRay sets it, too; here it keeps an operator that knows no tokens from starting a cluster that is open to all. */}}

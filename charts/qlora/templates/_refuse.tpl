@@ -34,14 +34,17 @@ with its cure, before anything is sent to a cluster.
 {{- $wrong = append $wrong (printf "settings: %q: Kubernetes would change $( and $$ on the way, and a word is one line. Say it in the run's file" .) -}}
 {{- end -}}
 {{- end -}}
+{{- $text := join "\n" (prepend .Values.settings .Values.config) -}}
+{{- if regexMatch "://[^\\s/?#@:]+:[^\\s/@]*@|[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=|\\b(AKIA|ASIA)[0-9A-Z]{16}\\b|\\bhf_[A-Za-z0-9]{30,}" $text -}}
+{{- $wrong = append $wrong "config or settings: holds a password, a key or a signed address, which everybody who may read the namespace would see. Put it into a secret and name that in existingSecrets" -}}
+{{- end -}}
 {{- if and .Values.config $readable -}}
 {{- $url := include "qlora.outputUrl" . -}}
 {{- $kept := list -}}
 {{- if eq (include "qlora.cached" .) "true" }}{{ $kept = append $kept "/cache" }}{{ end -}}
 {{- range .Values.volumes -}}{{- if or .source.persistentVolumeClaim .source.csi }}{{ $kept = append $kept .mountPath }}{{ end -}}{{- end -}}
-{{- $path := trimPrefix "file://" $url -}}
-{{- $safe := and (contains "://" $path) true -}}
-{{- range $kept -}}{{- if hasPrefix (printf "%s/" .) (printf "%s/" $path) }}{{ $safe = true }}{{ end -}}{{- end -}}
+{{- $safe := contains "://" $url -}}
+{{- range $kept -}}{{- if hasPrefix (printf "%s/" .) (printf "%s/" $url) }}{{ $safe = true }}{{ end -}}{{- end -}}
 {{- if not $url -}}
 {{- $wrong = append $wrong "config: output.url is missing. Name a bucket's folder, as s3://bucket/runs/first" -}}
 {{- else if not $safe -}}
@@ -88,11 +91,12 @@ with its cure, before anything is sent to a cluster.
 {{- if and .Values.worker.sameTopology .Values.worker.affinity.podAffinity -}}
 {{- $wrong = append $wrong "worker.sameTopology and worker.affinity.podAffinity say the same thing. Keep one" -}}
 {{- end -}}
-{{- $taken := list -}}
+{{- $taken := list "/scratch" "/tmp" "/dev/shm" "/cache" "/nvme" "/etc/qlora" "/etc/qlora-ca" -}}
 {{- range .Values.volumes -}}
 {{- if ne (len .source) 1 }}{{ $wrong = append $wrong (printf "volumes: %s has %d sources. Name one" .name (len .source)) }}{{ end -}}
 {{- if has .name $taken }}{{ $wrong = append $wrong (printf "volumes: two are named %s" .name) }}{{ end -}}
-{{- $taken = append $taken .name -}}
+{{- if has (trimSuffix "/" .mountPath) $taken }}{{ $wrong = append $wrong (printf "volumes: %s is mounted at %s, where something is already. Choose another folder" .name .mountPath) }}{{ end -}}
+{{- $taken = concat $taken (list .name (trimSuffix "/" .mountPath)) -}}
 {{- end -}}
 {{- toJson $wrong -}}
 {{- end -}}
