@@ -13,7 +13,7 @@ then the default. Takes (dict "root" $ "section" .. "key" .. "default" ..).
 {{- define "qlora.setting" -}}
 {{- $section := get (include "qlora.config" .root | fromYaml) .section | default dict -}}
 {{- $found := .default -}}
-{{- if kindIs "map" $section -}}
+{{- if and (kindIs "map" $section) (hasKey $section .key) -}}
 {{- if not (kindIs "invalid" (get $section .key)) }}{{ $found = get $section .key }}{{ end -}}
 {{- end -}}
 {{- $prefix := printf "%s.%s=" .section .key -}}
