@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -37,7 +39,11 @@ CLUSTER_WIDE = ("Node", "CustomResourceDefinition", "StorageClass", "PriorityCla
 
 
 class _Emulator(KubernetesEmulator):
-    """With label and field selectors, which kmock leaves to its users."""
+    """With label selectors and reviews, which are asked by creating them and kept nowhere."""
+
+    async def _handle(self, request: Any) -> Any:
+        review = request.resource is not None and request.resource.plural == "selfsubjectaccessreviews"
+        return await (super(KubernetesEmulator, self) if review else super())._handle(request)
 
     async def _serve_list(self, request: Any) -> Any:
         found = await super()._serve_list(request)
@@ -141,6 +147,14 @@ class Kube:
         found = [one for one in list(self.handler) if one.headers.get("User-Agent") != "test"]
         return [one for one in found if one.method.value.lower() == method.lower() and path in str(one.url)]
 
+    def made(self, folder: Path, name: str, url: str) -> str:
+        """What a helm does that sends a run: the RayJob is there afterwards."""
+        meta = {"name": name, "namespace": NAMESPACE, "labels": {"qlora.run": tag(url)}, "creationTimestamp": "2026"}
+        (folder / "made.json").write_text(json.dumps({"metadata": meta, "spec": {}}))
+        post = f"urllib.request.Request('{self.url}{self.path('RayJob')}', open('{folder}/made.json', 'rb').read(), "
+        post += "{'Content-Type': 'application/json', 'User-Agent': 'test'}"
+        return f'{sys.executable} -c "import urllib.request; urllib.request.urlopen({post}))"'
+
     def kubeconfig(self, folder: Path, namespace: str | None = NAMESPACE) -> Path:
         """A kubeconfig for this cluster, with two contexts, `here` and `elsewhere`."""
         return write_kubeconfig(folder, self.url, namespace)
@@ -202,3 +216,17 @@ def write_status(folder: Path, state: str, **more: Any) -> None:
     folder.mkdir(exist_ok=True)
     status = {"state": state, "reason": "", "step": 3, "updated": "2026-11-21T15:00:00+00:00", "checkpoint": 2, **more}
     (folder / "status.json").write_text(json.dumps(status))
+
+
+def fake_helm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Callable[[], list[list[str]]]:
+    """A helm on PATH that notes its words and then does what `script` says; the words of all its calls."""
+    (folder / "bin").mkdir(exist_ok=True)
+    noted, program = folder / "helm.words", folder / "bin/helm"
+    program.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >>{noted}; echo >>{noted}\n{script}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+    def words() -> list[list[str]]:
+        return [line.split("\0")[:-1] for line in noted.read_text().splitlines()]
+
+    return words

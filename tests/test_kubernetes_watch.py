@@ -12,7 +12,7 @@ from job.launch.kubernetes.api import connect
 from job.launch.kubernetes.cancel import cancel
 from job.launch.kubernetes.jobs import Job, find, parse
 from job.launch.kubernetes.pending import hopeless, in_words, stage_in_words
-from job.launch.kubernetes.watch import job_lines, standings
+from job.launch.kubernetes.watch import config_of, job_lines, standings
 from tests.conftest import settings
 from tests.kube import Kube, add_event, add_pod, add_rayjob, make_kube, write_status
 
@@ -77,6 +77,19 @@ def test_without_a_run_file_all_runs_of_the_namespace_are_listed(kube: Kube, con
     said = stand(None)
     assert said[0].startswith(f"run {tmp_path}/out: running") and "job b: its Ray cluster is being started" in said[4]
     assert len(said) == 5 and "somebody" not in "".join(said)
+
+
+def test_a_rayjob_tells_its_settings(kube: Kube, config: RunConfig, tmp_path: Path) -> None:
+    command = f"qlora train --on ray --nodes 2 /etc/qlora/run.yaml output.url={tmp_path}/else 'tracking.run_name=a b'"
+    volume = {"name": "config", "configMap": {"name": "first-0a"}}
+    spec = {"entrypoint": command, "rayClusterSpec": {"headGroupSpec": {"template": {"spec": {"volumes": [volume]}}}}}
+    add_rayjob(kube, "first", config.output.url, "Running", "RUNNING", spec=spec)
+    assert stand(None, "first")[0] == f"run {tmp_path}/out: has not begun"  # by the annotation
+    kube.add("ConfigMap", "first-0a", data={"run.yaml": (tmp_path / "run.yaml").read_text()})
+    (job,) = find(connect(), config.output.url)
+    read = config_of(connect(), job)
+    assert read and read.output.url == f"{tmp_path}/else" and read.run_name == "a b"
+    assert stand(None, "first")[0] == f"run {tmp_path}/else: has not begun"
 
 
 def test_a_server_that_does_not_answer_hides_no_run(kube: Kube, config: RunConfig) -> None:

@@ -8,7 +8,7 @@ from job.errors import InputError, OutputError
 from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.jobs import Job
 from job.launch.kubernetes.refusals import Absent
-from job.launch.kubernetes.watch import jobs_of, run_of
+from job.launch.kubernetes.watch import config_of, jobs_of, run_of
 from job.launch.slurm.cancel import WHAT_THEN
 from job.launch.slurm.watch import Run
 from job.lease import STOP_KEY
@@ -45,6 +45,7 @@ def _end(cluster: Cluster, job: Job, config: RunConfig | None, now: bool, say: S
         what = before if job.queued else "; its pods get their grace period, what is not saved by then is lost"
         say(f"job {job.name} is deleted{what}")
         return
+    config = config or config_of(cluster, job)
     run = run_of(job, config)
     if run is None:
         raise InputError(f"job {job.name} does not say where its run writes. Give CONFIG, or end it with --now")

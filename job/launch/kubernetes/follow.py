@@ -14,7 +14,7 @@ from job.launch.kubernetes.jobs import Job, parse, pods_of, show
 from job.launch.kubernetes.logs import Log, Source, chosen, job_of, print_logs, sources, tell_failure
 from job.launch.kubernetes.pending import stage_in_words
 from job.launch.kubernetes.refusals import Absent, Expired
-from job.launch.kubernetes.watch import job_lines, run_of, why
+from job.launch.kubernetes.watch import config_of, job_lines, run_of, why
 
 Say = Callable[[str], None]
 LOOK_S = 5
@@ -50,7 +50,7 @@ def logs(
     else:
         with suppress(Absent):  # its pods are removed some time after the end
             print_logs(cluster, job, pod, put)
-    run = run_of(job, config)
+    run = run_of(job, config or config_of(cluster, job))
     for line in [*(run.lines() if run else []), *job_lines(job)]:
         say(line)
     if run is None or run.status is None:

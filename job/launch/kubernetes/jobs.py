@@ -1,5 +1,6 @@
 """What Kubernetes says about RayJobs: their words understood, and the one of a run found."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,8 @@ from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.request import OUTPUT_NOTE, RUN_LABEL
 from job.launch.slurm.request import tag
 
+RUN_FILE = "/etc/qlora/run.yaml"
+"""Where the chart puts the run file into pods."""
 OVER = ("Complete", "Failed", "ValidationFailed")
 """jobDeploymentStatus of a RayJob that KubeRay never looks at again."""
 WAITS = ("", "Initializing", "Suspending", "Suspended", "Waiting", "Retrying")
@@ -28,6 +31,8 @@ class Job:
         queue: of Kueue, which lets it wait suspended; empty without one.
         release: helm's.
         output: where its run writes; empty when nobody noted it.
+        config_map: the name of the one that holds its run file; empty without one.
+        settings: section.key=value, behind the run file.
         started: UTC as Kubernetes writes it; empty before.
         nodes: of workers, as asked for.
     """
@@ -46,6 +51,8 @@ class Job:
     queue: str = ""
     release: str = ""
     output: str = ""
+    config_map: str = ""
+    settings: tuple[str, ...] = ()
     created: str = ""
     started: str = ""
     ended: str = ""
@@ -89,6 +96,8 @@ def parse(thing: Mapping[str, Any]) -> Job:
         queue=labels.get("kueue.x-k8s.io/queue-name") or "",
         release=labels.get("app.kubernetes.io/instance") or "",
         output=notes.get(OUTPUT_NOTE) or "",
+        config_map=_config_map(spec),
+        settings=_settings(str(spec.get("entrypoint") or "")),
         created=str(meta.get("creationTimestamp") or ""),
         started=str(status.get("startTime") or ""),
         ended=str(status.get("endTime") or ""),
@@ -96,6 +105,23 @@ def parse(thing: Mapping[str, Any]) -> Job:
         deleting=bool(meta.get("deletionTimestamp")),
         nodes=sum(int(group.get("replicas") or 0) * int(group.get("numOfHosts") or 1) for group in groups),
     )
+
+
+def _config_map(spec: Mapping[str, Any]) -> str:
+    head = ((spec.get("rayClusterSpec") or {}).get("headGroupSpec") or {}).get("template") or {}
+    volumes = (head.get("spec") or {}).get("volumes") or []
+    return next(
+        (str(one["configMap"]["name"]) for one in volumes if one["name"] == "config" and "configMap" in one), ""
+    )
+
+
+def _settings(entrypoint: str) -> tuple[str, ...]:
+    """What stands behind the run file in the command; nothing when it is somebody else's command."""
+    try:
+        words = shlex.split(entrypoint)
+        return tuple(words[words.index(RUN_FILE) + 1 :])
+    except ValueError:
+        return ()
 
 
 def show(cluster: Cluster, name: str) -> Job:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from job.config import RunConfig
+from job.config import RunConfig, parse_config
 from job.errors import InputError, JobError
 from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.jobs import Job, events_of, find, mine, pods_of, show
@@ -113,7 +113,7 @@ def standings(cluster: Cluster, config: RunConfig | None, name: str | None) -> l
         return [Standing(read_run(address(config.output.url), config), None, (), str(fault))]
     if not jobs and config is not None:
         return [Standing(read_run(address(config.output.url), config), None)]
-    return [Standing(run_of(job, config), job, tuple(why(cluster, job))) for job in jobs]
+    return [Standing(run_of(job, config or config_of(cluster, job)), job, tuple(why(cluster, job))) for job in jobs]
 
 
 def why(cluster: Cluster, job: Job) -> Sequence[str]:
@@ -125,6 +125,17 @@ def why(cluster: Cluster, job: Job) -> Sequence[str]:
         return lines(job, pods, events_of(cluster, job, pods))
     except Forbidden as fault:
         return [f"  why it waits is not shown: {fault}"] if job.queued else []
+
+
+def config_of(cluster: Cluster, job: Job) -> RunConfig | None:
+    """The settings that a RayJob began with, for how its storage is reached; None when they cannot be read."""
+    if not job.config_map:
+        return None
+    try:
+        kept = cluster.get(cluster.core("configmaps", job.config_map), f"ConfigMap {job.config_map}")
+        return parse_config(kept["data"]["run.yaml"], job.settings)
+    except (InputError, KeyError):
+        return None
 
 
 def run_of(job: Job, config: RunConfig | None) -> Run | None:
