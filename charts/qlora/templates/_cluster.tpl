@@ -44,8 +44,10 @@ spec:
       {{- include "qlora.env" . | nindent 6 }}
       resources:
         {{- include "qlora.resources" .Values.head | nindent 8 }}
+      # what steers the run; not the shell around it, which would just die of the signal
       lifecycle:
-        {{- include "qlora.lifecycle" (dict "root" . "waitsFor" "[q]lora train --on ray") | nindent 8 }}
+        {{- $steers := "^[^ ]*[p]ython[^ ]* .*qlora train --on ray" }}
+        {{- include "qlora.lifecycle" (dict "root" . "waitsFor" $steers "signal" "TERM") | nindent 8 }}
       volumeMounts:
         {{- include "qlora.commonMounts" . | nindent 8 }}
         {{- include "qlora.runMounts" . | nindent 8 }}
@@ -61,21 +63,27 @@ metadata:
   labels:
     {{- include "qlora.podLabels" . | nindent 4 }}
   {{- $annotations := merge dict .Values.podAnnotations }}
-  {{- with .Values.kueue.requiredTopology }}{{- $_ := set $annotations "kueue.x-k8s.io/podset-required-topology" . }}{{ end }}
-  {{- with .Values.kueue.preferredTopology }}{{- $_ := set $annotations "kueue.x-k8s.io/podset-preferred-topology" . }}{{ end }}
+  {{- range $kind := list "required" "preferred" }}
+  {{- with get $.Values.kueue (printf "%sTopology" $kind) }}
+  {{- $_ := set $annotations (printf "kueue.x-k8s.io/podset-%s-topology" $kind) . }}
+  {{- end }}
+  {{- end }}
   {{- with $annotations }}
   annotations: {{ toJson . }}
   {{- end }}
 spec:
   {{- include "qlora.podBasics" . | nindent 2 }}
-  {{- with include "qlora.where" (dict "of" .Values.worker "workers" (include "qlora.selector" . | fromYaml)) | trim }}{{ nindent 2 . }}{{ end }}
+  {{- $own := include "qlora.selector" . | fromYaml }}
+  {{- with include "qlora.where" (dict "of" .Values.worker "workers" $own) | trim }}{{ nindent 2 . }}{{ end }}
   terminationGracePeriodSeconds: {{ .Values.terminationGracePeriodSeconds | int }}
   containers:
     - name: ray-worker
       {{- include "qlora.containerBasics" (dict "root" . "ipcLock" .Values.rdma.ipcLock) | nindent 6 }}
       {{- include "qlora.env" . | nindent 6 }}
       {{- $more := merge dict .Values.rdma.resources }}
-      {{- if .Values.gpusPerNode }}{{ $_ := set $more .Values.gpuResource (.Values.gpusPerNode | int | toString) }}{{ end }}
+      {{- if .Values.gpusPerNode }}
+      {{- $_ := set $more .Values.gpuResource (.Values.gpusPerNode | int | toString) }}
+      {{- end }}
       resources:
         {{- include "qlora.resources" (merge (dict "more" $more) .Values.worker) | nindent 8 }}
       lifecycle:

@@ -23,7 +23,7 @@ then the default. Takes (dict "root" $ "section" .. "key" .. "default" ..).
 {{- $found -}}
 {{- end -}}
 
-{{/* Where the run leaves its adapter, as status.json's readers write it: a path without file://, no slash at the end. */}}
+{{/* Where the run leaves its adapter, as `qlora status` writes it: no file:// before a path, no slash at the end. */}}
 {{- define "qlora.outputUrl" -}}
 {{- $smoke := ternary "" "/scratch/smoke" (not (empty .Values.config)) -}}
 {{- $url := include "qlora.setting" (dict "root" . "section" "output" "key" "url" "default" $smoke) -}}
@@ -34,7 +34,8 @@ then the default. Takes (dict "root" $ "section" .. "key" .. "default" ..).
 {{- define "qlora.image" -}}
 {{- with .Values.image -}}
 {{- $repository := .repository | default "qlora-job" -}}
-{{- if .digest -}}{{ $repository }}@{{ .digest }}{{- else -}}{{ $repository }}:{{ .tag | default $.Chart.AppVersion }}{{- end -}}
+{{- $tag := .tag | default $.Chart.AppVersion -}}
+{{- if .digest -}}{{ $repository }}@{{ .digest }}{{- else -}}{{ $repository }}:{{ $tag }}{{- end -}}
 {{- end -}}
 {{- end -}}
 

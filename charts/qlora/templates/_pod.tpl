@@ -10,7 +10,7 @@ kai.scheduler/queue: {{ .Values.gang.queue | quote }}
 {{- end }}
 {{- end -}}
 
-{{/* Pod Security "restricted" asks for these; the token of the service account stays outside, for nothing here uses it. */}}
+{{/* As Pod Security "restricted" asks. The token of the service account stays outside: nothing here uses it. */}}
 {{- define "qlora.podBasics" -}}
 serviceAccountName: {{ include "qlora.serviceAccount" . }}
 automountServiceAccountToken: false
@@ -75,7 +75,7 @@ requests: {{ toJson $all }}
 - {name: TORCH_EXTENSIONS_DIR, value: /scratch/torch_extensions}
 {{- end -}}
 
-{{/* KubeRay sets it, too; here it keeps an operator that knows no tokens from starting a cluster that is open to all. */}}
+{{/* KubeRay sets it, too; said here, an operator that knows no tokens starts no cluster that is open to all. */}}
 {{- define "qlora.rayToken" -}}
 - {name: RAY_AUTH_MODE, value: token}
 {{- end -}}
@@ -201,20 +201,32 @@ emptyDir: {sizeLimit: {{ .Values.cache.size | quote }}}
 {{- end -}}
 
 {{/*
-Before a pod is ended: make the file that asks the ranks to stop, then wait while they save, so that no signal cuts
-them off. $1 is how a process is known that must come first, $2 the seconds to wait at most. The brackets in $1 keep a
-pattern from finding itself.
+Before a pod is ended: ask the run to stop, then wait while it saves, so that no signal cuts it off. $1 is how its
+processes here are known, $2 the seconds to wait at most, $3 the signal that they take as a question, none for ranks,
+which look for the file. Waited for are the processes of the beginning, not ranks that are started anew meanwhile. The
+brackets in $1 keep a pattern from finding itself; a process that ended but was not collected has an empty cmdline.
 */}}
 {{- define "qlora.preStop" -}}
 : >"$QLORA_WARNING_FILE"
+for one in /proc/[0-9]*; do
+  tr '\0' ' ' <"$one/cmdline" | grep -q -e "$1" && run="$run $one"
+done 2>/dev/null
+for one in $run; do
+  [ -z "$3" ] || kill -s "$3" "${one#/proc/}"
+done
 left=$2
-while [ "$left" -gt 0 ] && cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' ' ' | grep -q -e "$1"; do
-  sleep 1
-  left=$((left - 1))
+for one in $run; do
+  while [ "$left" -gt 0 ] && grep -q -s . "$one/cmdline"; do
+    sleep 1
+    left=$((left - 1))
+  done
 done
 {{- end -}}
 
-{{/* Takes (dict "root" $ "waitsFor" pattern). Kubernetes' clock starts with preStop: 15 s of it are left to Ray. */}}
+{{/*
+Takes (dict "root" $ "waitsFor" pattern "signal" name or nothing). Kubernetes' clock starts with preStop: 15 s of it are
+left to Ray.
+*/}}
 {{- define "qlora.lifecycle" -}}
 preStop:
   exec:
@@ -226,4 +238,5 @@ preStop:
       - preStop
       - {{ .waitsFor | quote }}
       - {{ sub (int .root.Values.terminationGracePeriodSeconds) 15 | toString | quote }}
+      - {{ .signal | default "" | quote }}
 {{- end -}}
