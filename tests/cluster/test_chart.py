@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from job.config import RunConfig
+from job.launch.kubernetes.needs import needs_of
+from job.launch.kubernetes.request import Request
 from tests.cluster import helm
 
 GOOD = sorted((helm.VALUES / "good").glob("*.yaml"))
@@ -124,6 +126,20 @@ def test_the_notes_follow_where_the_adapter_is(tmp_path: Path) -> None:
     smoke = notes({}, tmp_path)
     assert "No run was given" in smoke
     assert ":/scratch/smoke/adapter" in smoke
+
+
+def test_what_qlora_submit_asks_helm_for_is_what_the_chart_takes(tmp_path: Path) -> None:
+    run, values = tmp_path / "run, file.yaml", helm.VALUES / "good/smoke-pushed.yaml"
+    run.write_text(helm.real()["config"])
+    own = {"settings": ["lora.rank=8"], "nodes": 2}
+    asked = Request("first", str(helm.CHART), str(run), (str(values),), own, "team", None)
+    done = helm.run(*asked.rendering()[1:])
+    assert done.returncode == 0, done.stderr
+    needs = needs_of([manifest for manifest in yaml.safe_load_all(done.stdout) if manifest])
+    assert needs.total()["pods"] == 4, "submitter, head, two workers"
+    assert needs.named("Secret") == ["registry"] and needs.named("ConfigMap") == []
+    assert "--nodes 2 --gpus-per-node 0" in needs.rayjob["spec"]["entrypoint"]
+    assert "lora.rank=8" in needs.rayjob["spec"]["entrypoint"]
 
 
 def nodes_of(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
