@@ -252,6 +252,27 @@ def test_a_server_that_is_busy_for_a_while_ends_nothing(kube: Kube, config: RunC
     assert logs(connect(), config, None, True, None, put.append, [].append) == 1 and put[0] == "w1 | one"
 
 
+def test_one_that_waits_is_waited_for_though_events_do_not_come(kube: Kube, config: RunConfig, quick: None) -> None:
+    add_rayjob(kube, "first", config.output.url, "Initializing")
+    kube.refuse(f"get {kube.path('Event')}", 503, "busy")
+    Story((lambda: bool(kube.asked("get", "watch=true")), lambda: ends(kube, config.output.url)))
+    said: list[str] = []
+    assert logs(connect(), config, None, True, None, [].append, said.append) == 0
+    assert said[0] == "job first: its Ray cluster is being started (Initializing)"
+
+
+def test_it_ends_when_nobody_reads_on(kube: Kube, config: RunConfig, quick: None) -> None:
+    add_rayjob(kube, "first", config.output.url, "Running", "RUNNING")
+    add_pod(kube, "w1", "first", "worker")
+    write(kube, "w1", stamped("one"))
+
+    def closed(line: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        logs(connect(), config, None, True, None, closed, [].append)
+
+
 def test_a_server_that_stays_silent_is_given_up(
     kube: Kube, config: RunConfig, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

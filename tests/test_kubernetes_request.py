@@ -146,15 +146,32 @@ def test_the_shape_is_the_options_then_the_values_then_the_charts(config: RunCon
 def test_it_looks_before_anything_is_sent(config: RunConfig, tmp_path: Path) -> None:
     def look(url: str = f"{tmp_path}/out", **wanted: Any) -> str:
         request = make_request(config, "run.yaml", [], Wanted(**wanted))
-        return look_first(load_config("run.yaml", [f"output.url={url}"]), request)
+        return look_first(load_config("run.yaml", [f"output.url={url}"]), request, said.append)
 
-    assert look() == f"{tmp_path}/out"
+    said: list[str] = []
+    assert look() == f"{tmp_path}/out" and not said
     with pytest.raises(ConfigError, match=r"train.global_batch_size: 4 is not a multiple of 32 .*16 ranks"):
         look(nodes=2, gpus_per_node=8)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").touch()
     with pytest.raises(OutputError, match=r"holds files that are no run \(notes.txt\)"):
         look()
+
+
+def test_an_output_whose_keys_are_the_pods_alone_is_left_to_them(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/none")
+    said: list[str] = []
+    assert look_first(config, make_request(config, "run.yaml", [], Wanted()), said.append) == "s3://bucket/runs/first"
+    assert said[0].startswith("Warning: output.url: s3://bucket/runs/first: no keys. Put AWS_ACCESS_KEY_ID and")
+    assert said[0].endswith("It was not looked into: the pods do that, with keys of their own")
+    with pytest.raises(OutputError, match=r"output.url: what://bucket/x"):
+        unknown = load_config("run.yaml", ["output.url=what://bucket/x"])
+        look_first(unknown, make_request(unknown, "run.yaml", [], Wanted()), said.append)
 
 
 @pytest.fixture

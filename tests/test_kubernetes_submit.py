@@ -96,7 +96,7 @@ def test_one_that_does_not_go_is_said(
             "KubeRay is not installed there: ask an administrator for its operator",
         ),
         (
-            "values don't meet the specifications of the schema(s) in the following chart(s):; - at '/nodes': minimum",
+            "values don't meet the specifications of the schema(s) in the following chart(s): at '/nodes': minimum",
             "The chart's values.yaml says what each is",
         ),
         ("Kubernetes cluster unreachable: dial tcp: i/o timeout", "Is it the right cluster, and the VPN to it up?"),
@@ -116,6 +116,39 @@ def test_helms_refusals_are_said_with_a_cure(
     with pytest.raises(InputError) as refusal:
         send()
     assert str(refusal.value).startswith(f"helm did not send the run: {helms}. ") and said in str(refusal.value)
+
+
+def test_what_the_chart_refuses_is_shown_as_it_says_it(
+    send: Callable[[], tuple[str, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = (
+        "Error: execution error at (qlora/templates/rayjob.yaml:1:4): \n1 problem in the values of this chart\n"
+        "  worker.cpu: 2 for 8 GPUs, and each rank takes a CPU. Set 8 or more\n\n\nUse --debug flag to render out"
+    )
+    fake_helm(tmp_path, monkeypatch, f"echo {_quoted(refused)} >&2; exit 1")
+    with pytest.raises(InputError) as refusal:
+        send()
+    assert str(refusal.value) == (
+        "helm did not send the run: 1 problem in the values of this chart\n"
+        "  worker.cpu: 2 for 8 GPUs, and each rank takes a CPU. Set 8 or more"
+    )
+
+
+def test_a_release_that_holds_another_run_is_not_replaced(
+    send: Callable[[], tuple[str, list[str]]], request_: Request, kube: Kube
+) -> None:
+    labels = {"app.kubernetes.io/instance": request_.release}
+    add_rayjob(kube, "other", "s3://bucket/runs/other", "Running", "RUNNING", labels=labels)
+    with pytest.raises(InputError, match=r"holds job other of s3://bucket/runs/other, which helm would delete. Choose"):
+        send()
+
+
+def test_helm_goes_where_the_other_verbs_look(
+    send: Callable[[], tuple[str, list[str]]], kube: Kube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELM_NAMESPACE", "elsewhere")
+    fake_helm(tmp_path, monkeypatch, '[ -z "$HELM_NAMESPACE" ] || exit 1; ' + kube.made(tmp_path, "first-1", URL))
+    assert send()[0] == "first-1"
 
 
 def _quoted(text: str) -> str:
@@ -166,9 +199,9 @@ def test_a_chart_that_does_not_mark_its_rayjob_is_said(
     ("script", "error", "said"),
     [
         (
-            "echo 'Error: at /nodes' >&2; exit 1",
+            "echo 'Error: no' >&2; exit 1",
             InputError,
-            "helm cannot render the chart: at /nodes. The chart's values",
+            "helm cannot render the chart: no. helm template --debug shows more",
         ),
         ("echo 'a: ['", JobError, "helm rendered what is no YAML"),
     ],

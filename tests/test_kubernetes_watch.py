@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from job.config import RunConfig, load_config
-from job.errors import InputError, JobError
+from job.errors import InputError, JobError, OutputError
 from job.launch.kubernetes.api import connect
 from job.launch.kubernetes.cancel import cancel
 from job.launch.kubernetes.jobs import Job, find, parse
@@ -242,6 +242,17 @@ def test_a_run_that_goes_is_asked_to_save_and_stop_and_is_not_begun_again(kube: 
     assert f"job first was asked to save and stop: {url}/stop is there now" in said
     assert "qlora cancel --on kubernetes --job first --now" in said
     assert (Path(url) / "stop").exists() and rayjob(kube, "first")["spec"]["backoffLimit"] == 0
+
+
+def test_one_whose_folder_cannot_be_read_is_left_as_it_is(kube: Kube, config: RunConfig) -> None:
+    add_rayjob(kube, "first", config.output.url, "Running", "RUNNING")
+    write_status(Path(config.output.url), "running")
+    (Path(config.output.url) / "status.json").write_text("{")
+    with pytest.raises(
+        OutputError, match=r"status.json is damaged, so it cannot be asked to stop. Give the keys of its"
+    ):
+        ended(kube, config)
+    assert rayjob(kube, "first")["spec"]["backoffLimit"] == 2
 
 
 def test_one_that_may_not_be_held_back_is_not_asked(kube: Kube, config: RunConfig) -> None:

@@ -49,7 +49,12 @@ def _end(cluster: Cluster, job: Job, config: RunConfig | None, now: bool, say: S
     run = run_of(job, config)
     if run is None:
         raise InputError(f"job {job.name} does not say where its run writes. Give CONFIG, or end it with --now")
-    if not run.fault and _not_begun(job, run):
+    if run.fault:
+        raise OutputError(
+            f"run {run.url}: {run.fault}, so it cannot be asked to stop. Give the keys of its storage in the "
+            "environment, or end the job with --now, which leaves its pods their grace period"
+        )
+    if _not_begun(job, run):
         _delete(cluster, job)
         say(f"job {job.name} is deleted; its run had not begun, so there was nothing to save")
         return

@@ -24,7 +24,7 @@ _RUNS = (  # what the verbs do themselves
     ("", "pods/log", ("get",)),
     ("", "events", ("list",)),
     ("ray.io", "rayjobs", ("get", "list", "watch", "create", "patch", "delete")),
-    ("", "secrets", ("create", "get", "list")),  # helm keeps its releases in secrets
+    ("", "secrets", ("create", "get", "list", "update", "delete")),  # helm keeps its releases in secrets
 )
 
 
@@ -185,7 +185,7 @@ def classes(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
     accounts = [name for name in needs.of_pods("serviceAccountName") if name not in made]
     wanted += [("service account", cluster.core("serviceaccounts", name), name) for name in accounts]
     if needs.queue:
-        queues = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{cluster.namespace}/localqueues"
+        queues = f"{_kueue(cluster)}/namespaces/{cluster.namespace}/localqueues"
         wanted.append(("queue of Kueue", f"{queues}/{needs.queue}", needs.queue))
     for what, path, name in wanted:
         try:
@@ -199,6 +199,15 @@ def classes(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
         yield from _default_class(cluster)
 
 
+def _kueue(cluster: Cluster) -> str:
+    """Kueue's path, in the version that the cluster prefers."""
+    try:
+        group = cluster.get("/apis/kueue.x-k8s.io", "Kueue")
+    except Absent:
+        return "/apis/kueue.x-k8s.io/v1beta1"  # where nothing will be found
+    return f"/apis/{group['preferredVersion']['groupVersion']}"
+
+
 def _default_class(cluster: Cluster) -> Iterator[Finding]:
     notes = [one["metadata"].get("annotations") or {}
              for one in cluster.items("/apis/storage.k8s.io/v1/storageclasses", "storage classes")]  # fmt: skip
@@ -210,7 +219,7 @@ def _default_class(cluster: Cluster) -> Iterator[Finding]:
 
 def rights(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
     """The user may do all that submit, status, logs and cancel do, and helm for them."""
-    wanted = [*_RUNS, *((group, plural, ("create", "get", "delete")) for group, plural in needs.kinds())]
+    wanted = [*_RUNS, *((group, plural, ("create", "get", "patch", "delete")) for group, plural in needs.kinds())]
     missing: list[str] = []
     for group, plural, verbs in wanted:
         resource, _, subresource = plural.partition("/")
@@ -234,8 +243,9 @@ def images(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
     """Images are named by what is in them, and can be found by nodes."""
     for image in needs.images():
         if "/" not in image:
-            yield _unfit(
-                f"image {image} is named without a registry, so nodes look for it elsewhere. Set image.repository"
+            yield Finding(
+                "warning",
+                f"image {image} is named without a registry: nodes have it already, or image.repository is missing",
             )
         elif "@sha256:" in image:
             yield Finding("ok", f"image {image}; whether nodes can pull it shows when they do")

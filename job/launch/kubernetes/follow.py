@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,14 +14,16 @@ from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.jobs import Job, parse, pods_of, show
 from job.launch.kubernetes.logs import Log, Source, chosen, job_of, print_logs, sources, tell_failure
 from job.launch.kubernetes.pending import stage_in_words
-from job.launch.kubernetes.refusals import Absent, Expired
+from job.launch.kubernetes.refusals import Absent, Expired, NoAnswer
 from job.launch.kubernetes.watch import config_of, job_lines, run_of, why
 
 Say = Callable[[str], None]
 LOOK_S = 5
 """Seconds between two looks at which pods there are; changes of the RayJob are heard at once."""
-LAST_LINES_S = 10.0
-"""Seconds that logs may still take when the RayJob has ended."""
+LAST_LINES_S, LAST_WORDS_S = 10.0, 1.0
+"""Seconds that logs may still take when the RayJob has ended: of containers that have, too, and of those that go on."""
+KEPT_LINES = 20_000
+"""Lines of each log that are looked through for what failed first."""
 ANSWERS_AGAIN_S = 600.0
 """Seconds for which an API server that does not answer is asked again."""
 
@@ -64,37 +67,41 @@ class _Follow:
     def __init__(self, cluster: Cluster, job: Job, pod: str | None, put: Say, say: Say):
         self.cluster, self.job, self.pod, self.put, self.say = cluster, job, pod, put, say
         self.pods: dict[str, dict[str, Any]] = {}
-        self.texts: dict[str, list[str]] = {}
+        self.texts: dict[str, deque[str]] = {}
         self.readers: dict[Source, threading.Thread] = {}
         self.one_at_a_time = threading.Lock()
         self.over = threading.Event()
         self.told: list[str] = []
+        self.deaf: OSError | None = None
 
     def to_the_end(self) -> Job:
-        while self.job.active:
+        """The RayJob as it ended; all that was written by then is put."""
+        while self.job.active and self.deaf is None:
             self._start_readers()
             self._tell_waiting()
             self.job = _next(self.cluster, self.job)
+        if self.deaf is not None:  # nobody reads on, as behind `| head`
+            raise self.deaf
         self._start_readers()
         self.over.set()
-        end = time.monotonic() + LAST_LINES_S
-        for reader in self.readers.values():
-            reader.join(max(end - time.monotonic(), 0.0))
-        with self.one_at_a_time:
-            tell_failure(self.pods.values(), self.texts, self.put)
+        begun, going = time.monotonic(), sources(self.pods.values(), ("running",))
+        for source, reader in self.readers.items():
+            limit = LAST_WORDS_S if source in going else LAST_LINES_S
+            reader.join(max(begun + limit - time.monotonic(), 0.0))
+        if not self.job.succeeded:
+            with self.one_at_a_time:
+                tell_failure(self.pods.values(), self.texts, self.put)
         return self.job
 
     def _start_readers(self) -> None:
         try:
             pods = chosen(pods_of(self.cluster, self.job), self.pod)
-        except JobError as fault:
-            if isinstance(fault, InputError):
-                raise
-            return  # no answer now: the next look is soon
+        except NoAnswer:
+            return  # the next look is soon
         self.pods |= {pod["metadata"]["name"]: pod for pod in pods}
         for source in sources(pods):
             if source not in self.readers:
-                self.texts[source.label] = []
+                self.texts[source.label] = deque(maxlen=KEPT_LINES)
                 reader = threading.Thread(target=self._read, args=(Log(self.cluster, source),), daemon=True)
                 self.readers[source] = reader
                 reader.start()
@@ -115,6 +122,9 @@ class _Follow:
                     return log.read(put, follow=False)
             except InputError:  # the pod is gone
                 return None
+            except OSError as fault:
+                self.deaf = fault
+                return None
             except JobError:
                 if last_look:
                     return None
@@ -129,7 +139,9 @@ class _Follow:
     def _tell_waiting(self) -> None:
         if not self.job.queued:
             return
-        told = [f"job {self.job.name}: {stage_in_words(self.job)}", *why(self.cluster, self.job)]
+        told = [f"job {self.job.name}: {stage_in_words(self.job)}"]
+        with suppress(NoAnswer):
+            told += why(self.cluster, self.job)
         if told != self.told:
             self.told = told
             for line in told:
@@ -159,8 +171,8 @@ def _next(cluster: Cluster, job: Job) -> Job:
             return job
         except Expired:
             return _now(cluster, job)
-        except JobError as fault:
-            if isinstance(fault, InputError) or time.monotonic() > end:
+        except NoAnswer:
+            if time.monotonic() > end:
                 raise
             time.sleep(1.0)
 

@@ -9,6 +9,7 @@ from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.request import OUTPUT_NOTE, RUN_LABEL
 from job.launch.slurm.request import tag
 
+RELEASE_LABEL = "app.kubernetes.io/instance"
 RUN_FILE = "/etc/qlora/run.yaml"
 """Where the chart puts the run file into pods."""
 OVER = ("Complete", "Failed", "ValidationFailed")
@@ -34,7 +35,6 @@ class Job:
         config_map: the name of the one that holds its run file; empty without one.
         settings: section.key=value, behind the run file.
         started: UTC as Kubernetes writes it; empty before.
-        nodes: of workers, as asked for.
     """
 
     name: str
@@ -56,9 +56,7 @@ class Job:
     created: str = ""
     started: str = ""
     ended: str = ""
-    suspended: bool = False
     deleting: bool = False
-    nodes: int = 0
 
     @property
     def active(self) -> bool:
@@ -80,7 +78,6 @@ def parse(thing: Mapping[str, Any]) -> Job:
     """A RayJob as the API server shows it."""
     meta, spec, status = thing["metadata"], thing.get("spec") or {}, thing.get("status") or {}
     labels, notes = meta.get("labels") or {}, meta.get("annotations") or {}
-    groups = (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs") or []
     return Job(
         name=meta["name"],
         namespace=meta.get("namespace", ""),
@@ -94,16 +91,14 @@ def parse(thing: Mapping[str, Any]) -> Job:
         failed=int(status.get("failed") or 0),
         retries=int(spec.get("backoffLimit") or 0),
         queue=labels.get("kueue.x-k8s.io/queue-name") or "",
-        release=labels.get("app.kubernetes.io/instance") or "",
+        release=labels.get(RELEASE_LABEL) or "",
         output=notes.get(OUTPUT_NOTE) or "",
         config_map=_config_map(spec),
         settings=_settings(str(spec.get("entrypoint") or "")),
         created=str(meta.get("creationTimestamp") or ""),
         started=str(status.get("startTime") or ""),
         ended=str(status.get("endTime") or ""),
-        suspended=bool(spec.get("suspend")),
         deleting=bool(meta.get("deletionTimestamp")),
-        nodes=sum(int(group.get("replicas") or 0) * int(group.get("numOfHosts") or 1) for group in groups),
     )
 
 

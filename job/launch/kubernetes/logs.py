@@ -1,7 +1,7 @@
 """What the pods of a run wrote: what failed first, then each pod's log."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -65,13 +65,17 @@ class Log:
             put(text)
 
 
-def sources(pods: Iterable[Mapping[str, Any]]) -> list[Source]:
-    """The containers that have begun: the one that submits, the head, the workers."""
+def sources(pods: Iterable[Mapping[str, Any]], states: Collection[str] = ("running", "terminated")) -> list[Source]:
+    """The containers that have begun: the one that submits, the head, the workers.
+
+    Args:
+        states: only those in one of these.
+    """
     found = []
     for pod in pods:
         status, name = pod.get("status") or {}, pod["metadata"]["name"]
         containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-        begun = [one["name"] for one in containers if {"running", "terminated"} & set(one.get("state") or {})]
+        begun = [one["name"] for one in containers if any(state in (one.get("state") or {}) for state in states)]
         found += [Source(name, one, name if len(containers) == 1 else f"{name}/{one}") for one in begun]
     return found
 
@@ -129,13 +133,14 @@ def print_logs(cluster: Cluster, job: Job, pod: str | None, put: Say) -> None:
     for source in begun:
         with suppress(Absent):  # removed at this moment
             Log(cluster, source).read(texts[source.label].append, follow=False)
-    tell_failure(pods, texts, put)
+    if not job.succeeded:
+        tell_failure(pods, texts, put)
     for label, lines in texts.items():
         for line in lines:
             put(f"{label} | {line}")
 
 
-def tell_failure(pods: Iterable[Mapping[str, Any]], texts: Mapping[str, list[str]], put: Say) -> None:
+def tell_failure(pods: Iterable[Mapping[str, Any]], texts: Mapping[str, Iterable[str]], put: Say) -> None:
     """Put what failed first, if anything did.
 
     Args:

@@ -27,7 +27,11 @@ def preflight(cluster: Cluster, config: RunConfig, request: Request, put: Say) -
     """
     unfit = 0
     try:
-        put(Finding("ok", f"output {look_first(config, request)} is free, and ranks and batches go together").line())
+        warnings: list[str] = []
+        url = look_first(config, request, warnings.append)
+        seen = Finding("ok", f"output {url} is free, and ranks and batches go together")
+        for finding in [Finding("warning", said.removeprefix("Warning: ")) for said in warnings] or [seen]:
+            put(finding.line())
     except InputError as fault:
         unfit += 1
         put(Finding("unfit", str(fault)).line())

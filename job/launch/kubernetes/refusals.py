@@ -18,6 +18,10 @@ class Forbidden(InputError):
     """The user may not (403)."""
 
 
+class NoAnswer(JobError):
+    """The server did not answer, or cannot now; it may soon."""
+
+
 class Expired(JobError):
     """A watch begins too far in the past (410): what is there now has to be read anew."""
 
@@ -78,7 +82,7 @@ def refusal(status: int, body: bytes | str, server: str, asked: Asked) -> JobErr
             "the values"
         )
     if status == 429 or status >= 500:
-        return JobError(f"{server} cannot answer now ({status}{behind}). Try again in a minute")
+        return NoAnswer(f"{server} cannot answer now ({status}{behind}). Try again in a minute")
     return JobError(f"{server} refuses to {asked.verb} {asked.what}{asked.namespace} ({status}{behind})")
 
 
@@ -105,7 +109,7 @@ def unreachable(fault: BaseException, server: str, waited_s: float) -> JobError:
         )
     if "imed out" in said or "Timeout" in type(fault).__name__:
         return JobError(f"{server} did not answer in {waited_s:g} s. Is the VPN or tunnel to the cluster up? Try again")
-    return JobError(
+    return NoAnswer(
         f"{server} cannot be reached: {_why(said)}. Is it the right cluster (kubectl config current-context), and the "
         "VPN or tunnel to it up?"
     )

@@ -1,6 +1,5 @@
 """A run into a cluster: looked at first, then handed to helm, whose refusals become a sentence."""
 
-import re
 import time
 from collections.abc import Callable
 
@@ -8,8 +7,8 @@ from job.config import RunConfig
 from job.errors import ConfigError, InputError, JobError, OutputError
 from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.helm import ask
-from job.launch.kubernetes.jobs import Job, find, show
-from job.launch.kubernetes.refusals import Absent, without_tokens
+from job.launch.kubernetes.jobs import RELEASE_LABEL, Job, find, labelled, show
+from job.launch.kubernetes.refusals import Absent
 from job.launch.kubernetes.request import RUN_LABEL, Request, shape
 from job.launch.slurm.request import address, tag
 from job.plan import make_plan
@@ -19,24 +18,15 @@ from job.world import Hardware, World
 Say = Callable[[str], None]
 GONE_S = 60.0
 """Seconds that KubeRay may take to let go of a RayJob that has ended."""
-CURES = (
-    (r"no matches for kind \"?RayJob", "KubeRay is not installed there: ask an administrator for its operator"),
-    (r"values don't meet the specifications|at '/|Additional property", "The chart's values.yaml says what each is"),
-    (r"(?i)unreachable|connection refused|no such host|i/o timeout", "Is it the right cluster, and the VPN to it up?"),
-    (r"(?i)unauthorized|must be logged in", "Log in to the cluster again"),
-    (r"(?i)forbidden: exceeded quota", "Ask for less, or wait until others end: kubectl describe quota"),
-    (r"(?i)forbidden|cannot \w+ resource", "qlora preflight kubernetes lists what you need to be allowed"),
-    (r"another operation .* in progress", "Wait for it, or end what it left with helm rollback RELEASE"),
-    (r"invalid ownership metadata|cannot be imported", "Something has this name already: choose another --release"),
-    (r"namespaces? \"?[\w-]+\"? not found", "Create it: kubectl create namespace NAME"),
-    (r"context .* does not exist|no context exists", "kubectl config get-contexts lists them; give one with --context"),
-)  # fmt: skip
-"""What helm says, and what to do."""
 
 
-def look_first(config: RunConfig, request: Request) -> str:
+def look_first(config: RunConfig, request: Request, say: Say) -> str:
     """Refuse what can be known to fail before anything is sent; the output address. Model and rows are left to the
     pods: this machine need not reach them.
+
+    Args:
+        say: hears that the output folder cannot be read from here. That is common, and no fault: its keys may be the
+            pods' alone, which look for themselves.
 
     Raises:
         InputError: ranks and batches do not go together, the output folder is not this run's, or the run is done.
@@ -49,7 +39,13 @@ def look_first(config: RunConfig, request: Request) -> str:
             make_plan(config, world, Hardware("cuda", "", True, 80.0, gpus))
         except ConfigError as fault:
             raise ConfigError(f"the settings for {nodes * gpus} ranks, {gpus} a node", fault.faults) from fault
-    folder = RunFolder(config)
+    try:
+        folder = RunFolder(config)
+    except OutputError as fault:
+        if fault.__cause__ is None or isinstance(fault.__cause__, (JobError, ValueError, TypeError, ImportError)):
+            raise
+        say(f"Warning: {fault}. It was not looked into: the pods do that, with keys of their own")
+        return address(config.output.url)
     if folder.already_finished():
         steps = folder.status.step if folder.status else 0
         raise OutputError(
@@ -79,9 +75,10 @@ def submit(cluster: Cluster, request: Request, url: str, say: Say) -> Job:
                 f"it with qlora cancel --on kubernetes --job {job.name}"
             )
         _make_room(cluster, job, say)  # KubeRay never reruns one that has ended, and the new one may have its name
+    _refuse_to_replace(cluster, request, url)
     answer = ask(request.words())
     if answer.code:
-        raise InputError(f"helm did not send the run: {without_tokens(answer.reason)}. {_cure(answer.err)}")
+        raise InputError(f"helm did not send the run: {answer.with_cure('helm status RELEASE may tell more')}")
     now = [job for job in find(cluster, url) if job.active]
     if not now:
         raise JobError(
@@ -89,6 +86,20 @@ def submit(cluster: Cluster, request: Request, url: str, say: Say) -> Job:
             f"at it with helm status {request.release}"
         )
     return now[-1]
+
+
+def _refuse_to_replace(cluster: Cluster, request: Request, url: str) -> None:
+    """A release has one RayJob: helm deletes it when it sends another one.
+
+    Raises:
+        InputError: that of another output waits or runs.
+    """
+    for job in labelled(cluster, f"{RELEASE_LABEL}={request.release}"):
+        if job.active and job.output != url:
+            raise InputError(
+                f"--release {request.release}: holds job {job.name} of {job.output or 'another output.url'}, which "
+                "helm would delete. Choose another name, or leave it out: then each run has its own"
+            )
 
 
 def _make_room(cluster: Cluster, job: Job, say: Say) -> None:
@@ -105,7 +116,3 @@ def _make_room(cluster: Cluster, job: Job, say: Say) -> None:
     raise JobError(
         f"job {job.name} is deleted and not gone after {GONE_S:.0f} s. Does KubeRay's operator run? Try again then"
     )
-
-
-def _cure(said: str) -> str:
-    return next((cure for pattern, cure in CURES if re.search(pattern, said)), "helm status RELEASE may tell more")
