@@ -116,11 +116,16 @@ def test_one_rayjob_that_is_not_there_is_named(kube: Kube) -> None:
 def test_a_watch_tells_of_changes_and_ends_by_itself(kube: Kube) -> None:
     cluster = connect()
     kube.add("RayJob", "r")
-    kube.loop.call_later(0.2, lambda: None)
     events = cluster.changes(cluster.rayjobs(), "RayJobs", "1", 0)
     assert [event["type"] for event in events] == ["ADDED"]
     (asked,) = kube.asked("get", "watch=true")
     assert asked.params["resourceVersion"] == "1" and asked.params["timeoutSeconds"] == "0"
+
+
+def test_a_watch_that_is_cut_off_within_a_line_just_ends(kube: Kube) -> None:
+    cluster = connect()
+    kube.answer(f"get {kube.path('RayJob')}?watch=true", (b'{"type": "ADDED", "object": {}}\n\n{"type": "MODI', b""))
+    assert list(cluster.changes(cluster.rayjobs(), "RayJobs", "1", 1)) == [{"type": "ADDED", "object": {}}]
 
 
 @pytest.mark.parametrize("within", [True, False])

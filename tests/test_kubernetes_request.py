@@ -9,9 +9,11 @@ import yaml
 
 from job.config import RunConfig, load_config
 from job.errors import ConfigError, InputError, OutputError
+from job.launch.kubernetes.jobs import parse
 from job.launch.kubernetes.needs import Needs, Pods, needs_of, quantity, suits, tolerates
-from job.launch.kubernetes.request import Wanted, make_request, release_name, shape
+from job.launch.kubernetes.request import OUTPUT_NOTE, RUN_LABEL, Wanted, make_request, release_name, shape
 from job.launch.kubernetes.submit import look_first
+from job.launch.slurm.request import tag
 from tests.conftest import REPOSITORY, settings
 
 GOLDEN = REPOSITORY / "tests/golden/kubernetes"
@@ -190,6 +192,14 @@ def test_what_a_run_needs_is_read_from_what_is_sent(needs: Needs) -> None:
     assert needs.storage_classes() == ["fast"] and needs.of_pods("priorityClassName") == ["training"]
     assert needs.total()["nvidia.com/gpu"] == 16 and needs.total()["pods"] == 4
     assert ("ray.io", "rayjobs") in needs.kinds() and len(needs.images()) == 1
+
+
+def test_the_chart_marks_its_rayjob_as_the_verbs_look_for_it(needs: Needs) -> None:
+    meta = needs.rayjob["metadata"]
+    assert meta["labels"][RUN_LABEL] == tag("s3://bucket/runs/first") == "3ecffb"
+    assert meta["annotations"][OUTPUT_NOTE] == "s3://bucket/runs/first"
+    job = parse(needs.rayjob)
+    assert job.settings == ("train.max_steps=20",) and job.config_map.startswith("qlora-first-3ecffb-")
 
 
 def test_a_chart_without_a_run_is_refused() -> None:

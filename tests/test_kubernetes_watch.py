@@ -149,6 +149,15 @@ def test_events_that_the_user_may_not_see_cost_only_the_reason(kube: Kube, confi
     )
 
 
+def test_of_a_run_that_goes_old_events_say_nothing(kube: Kube, config: RunConfig) -> None:
+    add_rayjob(kube, "first", config.output.url, "Running", "RUNNING")
+    add_pod(kube, "w1", "first", "worker")
+    add_event(
+        kube, "RayCluster", "first-abc", "FailedToCreateWorkerPod", "pods is forbidden: exceeded quota: gpus, used"
+    )
+    assert len(stand(config)) == 2
+
+
 @pytest.mark.parametrize(
     ("said", "words", "never"),
     [

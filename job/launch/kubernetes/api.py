@@ -99,12 +99,14 @@ class Cluster:
         asked = Asked("watch", what, path)
         query |= {"watch": "true", "resourceVersion": version, "timeoutSeconds": str(seconds)}
         for line in self.lines(path, asked, float(seconds + 1), **query):
-            event = json.loads(line) if line.strip() else {}
+            try:
+                event = json.loads(line)
+            except ValueError:  # cut off, or empty
+                continue
             if event.get("type") == "ERROR":
                 status = event.get("object") or {}
                 raise refusal(int(status.get("code") or 500), json.dumps(status), self.server, asked)
-            if event:
-                yield event
+            yield event
 
     def _answer(
         self,
@@ -145,6 +147,7 @@ class Cluster:
         Raises:
             JobError: see `refusals`.
         """
+        from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
         waits = (min(ANSWER_S, 10.0), silence_s or ANSWER_S)  # to connect, and for each part of the answer
@@ -157,7 +160,7 @@ class Cluster:
             if 200 <= response.status < 300:
                 return response
             said = self._no_token(response.read().decode(errors="replace"))
-        except HTTPError as fault:
+        except (HTTPError, ApiException) as fault:  # the client's own error is for TLS alone here
             raise unreachable(fault, self.server, waits[1]) from fault
         raise refusal(response.status, said, self.server, asked)
 

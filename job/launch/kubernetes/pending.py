@@ -35,6 +35,8 @@ REASONS = (
     (r"CrashLoopBackOff", "its container ends again and again: qlora logs shows why"),
 )  # fmt: skip
 """What stands in conditions, container states and events; all that match count. {0} is what the pattern caught."""
+_TELLING = ("Pending", "TriggeredScaleUp", "NotTriggerScaleUp")
+"""Reasons of events that say why something waits, though they are no warnings."""
 HOPELESS = re.compile(
     "ErrImageNeverPull|InvalidImageName|ImagePullBackOff|not found|violates PodSecurity|CreateContainerConfigError"
     "|no PriorityClass|QueueNotFound"
@@ -80,19 +82,17 @@ def causes(pods: Iterable[Mapping[str, Any]], events: Sequence[Mapping[str, Any]
             found.setdefault(said, []).append(name)
     for event in events:
         about = event.get("involvedObject") or {}
-        warns = event.get("type") == "Warning" or event.get("reason") in (
-            "Pending",
-            "TriggeredScaleUp",
-            "NotTriggerScaleUp",
-        )
+        warns = event.get("type") == "Warning" or event.get("reason") in _TELLING
         said = f"{event.get('reason', '')}: {' '.join(str(event.get('message') or '').split())}"
         if warns and (about.get("kind") != "Pod" or (about.get("name") in waiting and _adds(said, found))):
             found.setdefault(said, []).append(str(about.get("name")))
     return found
 
 
-def lines(job: Job, pods: Iterable[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why a RayJob, or some of its pods, wait: a line a cause."""
+def lines(job: Job, pods: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why a RayJob, or some of its pods, wait: a line a cause. Of what goes, events tell only what is past."""
+    if not job.queued and not any(map(_waits, pods)):
+        return []
     said = causes(pods, events)
     return [f"  {_names(names)}: {'; '.join(in_words(cause)) or 'waits'} ({cause})" for cause, names in said.items()]
 
