@@ -3,12 +3,14 @@
 import io
 import logging
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from job import __version__
 from job.cli_jobs import jobs
+from job.cli_kubernetes import MACHINE, checks
 from job.cli_words import Config, Settings
 from job.cli_words import load as _load
 from job.cli_words import say as _say
@@ -26,6 +28,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 75 interrupted, 130 second Ctrl-C.",
 )
 app.add_typer(jobs)
+app.add_typer(checks, name="preflight")
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,7 +50,15 @@ def root(
 
 
 @app.command()
-def train(context: typer.Context, config: Config, settings: Settings = None) -> None:
+def train(
+    context: typer.Context,
+    config: Config,
+    settings: Settings = None,
+    on: Annotated[Literal["local", "ray"], typer.Option(help="This machine, or the Ray cluster it is in.")] = "local",
+    nodes: Annotated[int | None, typer.Option(min=1, help="Ray: nodes; all that are there when left out.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Ray: GPUs of each; 0 for CPUs.")] = None,
+    wait_minutes: Annotated[float, typer.Option(min=0.1, help="Ray: how long workers may wait for their GPUs.")] = 10.0,
+) -> None:
     """Fine-tune: write adapter, metrics and status under output.url.
 
     Example: qlora train configs/smollm2-135m-demo.yaml train.max_steps=20
@@ -57,6 +68,13 @@ def train(context: typer.Context, config: Config, settings: Settings = None) -> 
     settings_read = _load(config, settings)
     if settings_read.output.url.startswith("memory://"):
         raise OutputError(f"output.url: {settings_read.output.url} goes with this process. Use a folder or a bucket")
+    if on == "ray":
+        from job.launch.ray_train import driver
+        from job.launch.ray_train.shape import Wanted
+
+        text = Path(config).read_text(encoding="utf-8")
+        wanted = Wanted(nodes, gpus_per_node, wait_minutes)
+        sys.exit(driver.start(settings_read, text, settings or (), wanted, _say))
     from job.hardware import count_gpus
     from job.launch import local
     from job.world import World, started_by_launcher
@@ -120,7 +138,7 @@ def plan(
             typer.echo(line)
 
 
-@app.command()
+@checks.command(MACHINE)
 def preflight(
     context: typer.Context,
     config: Config,
@@ -133,7 +151,7 @@ def preflight(
 ) -> None:
     """Check nodes before a run holds them: versions, GPUs, memory, clocks, storage, all-reduce. Names the bad ones.
 
-    Alone it checks this machine, started by a launcher all nodes.
+    Alone it checks this machine, started by a launcher all nodes; qlora preflight kubernetes CONFIG checks a cluster.
 
     Example: deepspeed --hostfile hostfile --module job preflight runs.yaml
     """

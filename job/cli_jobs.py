@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,11 +17,22 @@ jobs.add_typer(submit, name="submit")
 MaybeConfig = Annotated[str | None, typer.Argument(metavar="CONFIG", help="The run file; or give --job.")]
 JobId = Annotated[str | None, typer.Option("--job", metavar="ID", help="The job, or ARRAY_TASK, instead of CONFIG.")]
 On = Annotated[
-    Literal["slurm", "local"] | None,
+    Literal["slurm", "ray", "kubernetes", "local"] | None,
     typer.Option(
         "--on", help="Whom to ask; SLURM where there is one, else the run's folder alone.", show_default=False
     ),
 ]
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="The job server of a Ray cluster.",
+    ),
+]
+RAY = "http://127.0.0.1:8265"
+Namespace = Annotated[str | None, typer.Option(help="Kubernetes: the namespace; the context's own when left out.")]
+Context = Annotated[str | None, typer.Option(help="Kubernetes: the context of the kubeconfig.")]
 
 
 @submit.command("slurm")
@@ -71,12 +82,52 @@ def submit_slurm(
         typer.echo(f"  qlora {verb} --job {number}")
 
 
+@submit.command("ray")
+def submit_ray(
+    config: Config,
+    settings: Settings = None,
+    address: Address = RAY,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; all that are there when left out.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each; 0 for CPUs.")] = None,
+    wait_minutes: Annotated[float, typer.Option(min=0.1, help="How long workers may wait for their GPUs.")] = 10.0,
+    working_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder that goes with the job, CONFIG and its rows in it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request and ask nobody.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the request as JSON; with --dry-run.")] = False,
+) -> None:
+    """Hand a run to a Ray cluster.
+
+    Keys of storage come from the cluster's own environment: what is sent is seen by everybody who sees its dashboard.
+
+    Example: qlora submit ray runs.yaml --address http://head:8265 --nodes 2 --gpus-per-node 8
+    """
+    run = load(config, settings)
+    from job.launch.ray_train import jobs as ray
+    from job.launch.ray_train.shape import Wanted
+
+    wanted = Wanted(nodes, gpus_per_node, wait_minutes)
+    request = ray.make_request(run, config, settings or (), wanted, address, working_dir)
+    if dry_run:
+        for line in [json.dumps(request.as_json(), indent=1)] if as_json else request.lines():
+            typer.echo(line)
+        return
+    ray.look_first(run)
+    number = ray.submit(request)
+    typer.echo(f"job {number}")
+    for verb in ("status", "logs -f", "cancel"):
+        typer.echo(f"  qlora {verb} --on ray --address {address} --job {number}")
+
+
 @jobs.command()
 def status(
     config: MaybeConfig = None,
     settings: Settings = None,
     job: JobId = None,
     on: On = None,
+    address: Address = RAY,
+    namespace: Namespace = None,
+    context: Context = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say how a run stands: what it wrote itself, beside what the scheduler says of its job. Without CONFIG: all jobs.
@@ -84,9 +135,14 @@ def status(
     Example: qlora status runs.yaml
     """
     run = load(config, settings) if config else None
-    from job.launch.slurm import watch
+    if on == "ray":
+        from job.launch.ray_train.jobs import lines_of
 
-    found = watch.standings(run, job) if _asks_slurm(on) else watch.without_slurm(run)
+        said, rows = lines_of(run, job, address)
+        for line in [json.dumps(rows, indent=1, default=str)] if as_json else said or ["no runs are known there"]:
+            typer.echo(line)
+        return
+    found = _standings(run, job, on, namespace, context)
     if as_json:
         typer.echo(json.dumps([standing.as_json() for standing in found], indent=1))
         return
@@ -100,18 +156,31 @@ def logs(
     settings: Settings = None,
     job: JobId = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; 0 if it finished.")] = False,
-    node: Annotated[str | None, typer.Option(help="This node's log alone.")] = None,
+    node: Annotated[str | None, typer.Option(help="This node's log alone; Kubernetes: this pod's.")] = None,
     on: On = None,
+    address: Address = RAY,
+    namespace: Namespace = None,
+    context: Context = None,
 ) -> None:
-    """Print what a job wrote, what failed first in front: the batch log, and each node's.
+    """Print what a job wrote, what failed first in front: the batch log, and each node's or pod's.
 
     Example: qlora logs runs.yaml -f
     """
     run = load(config, settings) if config else None
-    from job.launch.slurm.logs import print_logs
+    if on == "ray":
+        from job.launch.ray_train import jobs as ray
 
-    _must_ask_slurm(on)
-    code = print_logs(run, job, follow, node, typer.echo, say)
+        code = ray.print_logs(run, job, follow, address, typer.echo, say)
+    elif on == "kubernetes":
+        from job.launch.kubernetes import follow as pods
+        from job.launch.kubernetes.api import connect
+
+        code = pods.logs(connect(namespace, context), run, job, follow, node, typer.echo, say)
+    else:
+        from job.launch.slurm.logs import print_logs
+
+        _must_ask_slurm(on)
+        code = print_logs(run, job, follow, node, typer.echo, say)
     if code:
         raise typer.Exit(code)
 
@@ -123,18 +192,44 @@ def cancel(
     job: JobId = None,
     now: Annotated[bool, typer.Option("--now", help="End it at once, without a save.")] = False,
     on: On = None,
+    address: Address = RAY,
+    namespace: Namespace = None,
+    context: Context = None,
 ) -> None:
     """Ask a run to save and stop, or take its job out of the queue.
 
     Example: qlora cancel runs.yaml
     """
     run = load(config, settings) if config else None
+    if on == "ray":
+        from job.launch.ray_train import jobs as ray
+
+        ray.cancel(run, job, now, address, typer.echo)
+        return
+    if on == "kubernetes":
+        from job.launch.kubernetes import cancel as pods
+        from job.launch.kubernetes.api import connect
+
+        pods.cancel(connect(namespace, context), run, job, now, typer.echo)
+        return
     from job.launch.slurm import cancel as ending
 
     if _asks_slurm(on):
         ending.cancel(run, job, now, typer.echo)
     else:
         ending.cancel_without_slurm(run, now, typer.echo)
+
+
+def _standings(run: Any, job: str | None, on: str | None, namespace: str | None, context: str | None) -> list[Any]:
+    """How runs stand, by whom is asked."""
+    if on == "kubernetes":
+        from job.launch.kubernetes import watch as pods
+        from job.launch.kubernetes.api import connect
+
+        return list(pods.standings(connect(namespace, context), run, job))
+    from job.launch.slurm import watch
+
+    return list(watch.standings(run, job) if _asks_slurm(on) else watch.without_slurm(run))
 
 
 def _asks_slurm(on: str | None) -> bool:

@@ -1,5 +1,6 @@
 """What is written about a run while it goes: status.json, true whatever happens, and the rows of metrics."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,12 +12,14 @@ from job.hardware import out_of_memory
 from job.lease import Lease, NoLease, prove_conditional_puts
 from job.progress import Progress
 from job.run_folder import LOST_RANK, STATUS, RunFolder, State
-from job.sinks import ConsoleSink, JsonlSink, Metrics, Sink
+from job.sinks import ConsoleSink, JsonlSink, Metrics, PipeSink, Sink
 from job.stop import STOP_KEY, CutShort
 from job.store import reason
 from job.uploads import Uploads, patiently
 from job.world import World
 
+ROWS_FD = "QLORA_ROWS_FD"
+"""The variable in which a launcher says where it reads rows of metrics, a file descriptor."""
 FAILING_S = 30.0
 """Seconds for which the status of a failed run is tried: its ranks wait for nothing else any more."""
 
@@ -180,6 +183,8 @@ class Metered:
         if record.world.speaks and "jsonl" in config.tracking.sinks:
             self.jsonl = JsonlSink(run.store, record.uploads.put, kept)
             self.sinks.append(self.jsonl)
+        if record.world.speaks and (number := os.environ.get(ROWS_FD)):
+            self.sinks.append(PipeSink(int(number), lambda: run.checkpoint))
 
     def __call__(self, row: Metrics) -> None:
         """Tell all sinks; the file is another run's once that took the folder over."""

@@ -51,6 +51,8 @@ def _writable(folder: Path) -> bool:
     return not there.is_dir() or os.access(there, os.W_OK | os.X_OK)  # what a file there means is said later
 
 
+RAY = "ray"
+"""What Ray Train writes of its own, for its dashboard and results."""
 _DRAFT = re.compile(r"(run\.yaml|status\.json|metrics\.jsonl)\.\d+\.part")
 """A file that its writer was killed over."""
 
@@ -212,7 +214,7 @@ class RunFolder:
             self.write_status("failed", why, latest_step(self.store))
 
     def _refuse_foreign_files(self) -> None:
-        ours = (LEASE, STOP_KEY)
+        ours = (LEASE, STOP_KEY, RAY)
         foreign = [name for name in self.there if not (name.startswith(".") or name in ours or _DRAFT.fullmatch(name))]
         if foreign:
             raise OutputError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -94,6 +95,34 @@ class ConsoleSink:
             return ""
         seconds = round((time.monotonic() - self.begun) / done * (self.steps - step))
         return f"  {seconds // 60}:{seconds % 60:02d} left"
+
+
+class PipeSink:
+    """Rows to the process that started this one and reports them elsewhere: a line of JSON each, with the step of the
+    newest complete checkpoint.
+
+    Args:
+        number: the file descriptor to write to, which is closed at the end.
+        checkpoint: gives that step.
+    """
+
+    def __init__(self, number: int, checkpoint: Callable[[], int]):
+        self.number, self.checkpoint, self.step = number, checkpoint, 0
+
+    def start(self, run_name: str, steps: int) -> None:
+        pass
+
+    def row(self, row: Metrics) -> None:
+        self.step = int(row["step"])
+        line = json.dumps({**row, "checkpoint": self.checkpoint()}) + "\n"
+        with suppress(OSError):  # nobody listens any more, which ends no run
+            os.write(self.number, line.encode())
+
+    def close(self) -> None:
+        if self.step:
+            self.row({"step": self.step})
+        with suppress(OSError):
+            os.close(self.number)
 
 
 class LoadingBar:

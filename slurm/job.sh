@@ -13,6 +13,7 @@ set -uo pipefail
 trap warn_ranks USR1 TERM # from here on, or a notice that comes early ends the script
 # settings of people's own for these programs change what they print
 unset "${!SQUEUE_@}" "${!SCONTROL_@}"
+export PYTHONSAFEPATH=1 # or a folder named job, where it was submitted, would be the package
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")

@@ -54,7 +54,13 @@ def start(config: RunConfig, words: Sequence[str], count: int, gpus: int, say: S
         running = watch.running
         for rank in range(count):
             numbers = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-            env = {"OMP_NUM_THREADS": str(threads), **os.environ, **{name: str(n) for name, n in numbers.items()}}
+            # safe: or a folder here that is named job would be the package
+            env = {
+                "OMP_NUM_THREADS": str(threads),
+                "PYTHONSAFEPATH": "1",
+                **os.environ,
+                **{name: str(n) for name, n in numbers.items()},
+            }
             group = running[0].pid if running else 0  # its own, so that a terminal's Ctrl-C comes through here
             watch.add(_worker(words, env, group, Path(folder, str(rank)) if rank else None))
         first = watch.until_the_end()

@@ -47,7 +47,7 @@ class Batch:
         self.ended(timeout_s)
         return self.cluster.exit_code(self.id)
 
-    def wait_for(self, text: str, timeout_s: float = 90) -> None:
+    def wait_for(self, text: str, timeout_s: float = 150) -> None:
         """Until somebody says it."""
         end = time.monotonic() + timeout_s
         while text not in self.said():

@@ -134,11 +134,14 @@ class Cluster:
         self.until(lambda: self.restarts(job_id) >= restarts and self.state(job_id) == "RUNNING", timeout_s)
 
     def hurry(self, job_id: int, restarts: int = 1, timeout_s: float = 90) -> None:
-        """The same, without its wait in the queue: it starts as soon as what it ran before has ended."""
+        """The same, without its wait in the queue: it starts soon after what it ran before has ended. At once would be
+        too early: credentials bear seconds, and one from the second in which the last was revoked is taken for it."""
+        waits_since: list[float] = []
 
         def runs() -> bool:
             state = self.state(job_id)
-            if state == "PENDING":
+            waits_since[:] = waits_since or [time.monotonic()] if state == "PENDING" else []
+            if waits_since and time.monotonic() - waits_since[0] > 2:
                 self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now")
             return state == "RUNNING" and self.restarts(job_id) >= restarts
 

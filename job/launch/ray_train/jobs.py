@@ -1,0 +1,307 @@
+"""Jobs of a Ray cluster, asked from outside: submitted, looked at, followed and ended through its job server."""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from job.config import RunConfig
+from job.errors import InputError, JobError, OutputError
+from job.launch.ray_train.shape import Wanted
+from job.launch.slurm.cancel import WHAT_THEN
+from job.launch.slurm.request import address, tag
+from job.launch.slurm.watch import Run, read_run
+from job.lease import STOP_KEY
+from job.run_folder import RunFolder
+from job.store import Store, reason
+
+SERVER = "http://127.0.0.1:8265"
+OUTPUT = "qlora_output"
+"""Under which a job's metadata has the address of its output."""
+RUN_FILE = "run.yaml"
+PATIENCE_S = 60.0
+ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the job server is asked for.
+
+    Args:
+        server: its address.
+        entrypoint: the command, as a shell reads it.
+        name: the job's id there.
+        output: the run's output address.
+        files: name and content of what the working folder holds, when `folder` is None.
+        folder: the working folder.
+    """
+
+    server: str
+    entrypoint: str
+    name: str
+    output: str
+    files: Mapping[str, str]
+    folder: str | None
+
+    def lines(self) -> list[str]:
+        """As a command, for people."""
+        where = self.folder or f"A FOLDER WITH {', '.join(self.files)}"
+        metadata = json.dumps({OUTPUT: self.output})
+        words = ["--address", self.server, "--submission-id", self.name, "--working-dir", where]
+        words += ["--metadata-json", metadata]
+        return [f"ray job submit {shlex.join(words)} \\", f"  -- {self.entrypoint}"]
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+def make_request(
+    config: RunConfig, path: str, words: Sequence[str], wanted: Wanted, server: str, folder: str | None
+) -> Request:
+    """The request for a run.
+
+    Args:
+        config: the settings that the run file `path` and `words` come to.
+        folder: a working folder that goes with the job; `path` lies in it.
+
+    Raises:
+        InputError: the run file is not in the folder, or output.url is a folder of this machine.
+    """
+    url = config.output.url
+    if "://" not in url and not url.startswith("/"):
+        raise OutputError(
+            f"output.url: {url} is a path on this machine. Use a bucket, or a folder that all nodes share"
+        )
+    run_file = RUN_FILE
+    if folder is not None:
+        inside, whole = Path(path).resolve(), Path(folder).resolve()
+        if whole not in inside.parents:
+            raise InputError(f"{path} is not in --working-dir {folder}. Put it there, or leave --working-dir out")
+        run_file = str(inside.relative_to(whole))
+    options = []
+    for name, value in (("nodes", wanted.nodes), ("gpus-per-node", wanted.gpus_per_node)):
+        options += [f"--{name}", str(value)] if value is not None else []
+    command = [
+        "qlora",
+        "train",
+        "--on",
+        "ray",
+        *options,
+        "--wait-minutes",
+        f"{wanted.wait_minutes:g}",
+        run_file,
+        *words,
+    ]
+    return Request(
+        server=server,
+        entrypoint=shlex.join(command),
+        name=f"qlora-{tag(address(url))}-{time.strftime('%Y%m%d-%H%M%S')}",
+        output=address(url),
+        files={} if folder else {RUN_FILE: Path(path).read_text(encoding="utf-8")},
+        folder=folder,
+    )
+
+
+def look_first(config: RunConfig) -> None:
+    """What can be said before anything is sent.
+
+    Raises:
+        OutputError: the output folder is not this run's, or the run is done.
+    """
+    folder = RunFolder(config)
+    if folder.already_finished():
+        steps = folder.status.step if folder.status else 0
+        raise OutputError(
+            f"output.url: {config.output.url} holds this run, finished after {steps} steps. Raise train.epochs or "
+            "train.max_steps to go further, or use another output.url"
+        )
+
+
+def submit(request: Request) -> str:
+    """Send it; the job's id.
+
+    Raises:
+        InputError: the server cannot be reached or refuses, or a job of this output runs already.
+    """
+    with _server(request.server) as client, tempfile.TemporaryDirectory() as made:
+        for job in _jobs(client, request.output):
+            if job.status in ACTIVE:
+                raise InputError(
+                    f"job {job.submission_id} of {request.output} is {job.status.value} already, and two runs of one "
+                    "output.url exclude each other. End it with qlora cancel CONFIG --on ray"
+                )
+        for name, content in request.files.items():
+            Path(made, name).write_text(content, encoding="utf-8")
+        return _send(client, request, request.folder or made)
+
+
+def _send(client: JobSubmissionClient, request: Request, folder: str) -> str:
+    """Submit it; a cluster that has only just started is asked for a while."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return str(
+                client.submit_job(
+                    entrypoint=request.entrypoint,
+                    submission_id=request.name,
+                    runtime_env={"working_dir": folder},
+                    metadata={OUTPUT: request.output},
+                )
+            )
+        except RuntimeError as fault:
+            if "No available agent" not in str(fault) or time.monotonic() > end:
+                raise
+        time.sleep(1)
+
+
+def lines_of(config: RunConfig | None, job_id: str | None, server: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """How a run stands, or each of the cluster's runs: for people, and for programs.
+
+    Raises:
+        InputError: the server cannot be reached, or knows no such job.
+    """
+    said: list[str] = []
+    rows: list[dict[str, Any]] = []
+    with _server(server) as client:
+        jobs = _asked(client, config, job_id) if config or job_id else _jobs(client, None)
+    for job in jobs:
+        run = _run_of(job, config)
+        said += [*(run.lines() if run else []), _line(job)]
+        rows.append({"run": asdict(run) if run else None, "job": job.dict()})
+    if not jobs and config is not None:
+        run = read_run(address(config.output.url), config)
+        said, rows = [*run.lines(), f"no job of it on {server}"], [{"run": asdict(run), "job": None}]
+    return said, rows
+
+
+def print_logs(config: RunConfig | None, job_id: str | None, follow: bool, server: str, put: Say, say: Say) -> int:
+    """Print what a job wrote; the exit code: when followed, 0 if its run finished, else 1.
+
+    Raises:
+        InputError: there is no such job.
+    """
+    with _server(server) as client:
+        job = _newest(_asked(client, config, job_id), config, server)
+        if not follow:
+            for line in client.get_job_logs(str(job.submission_id)).splitlines():
+                put(line)
+            return 0
+
+        async def to_the_end() -> None:
+            async for text in client.tail_job_logs(str(job.submission_id)):
+                for line in text.splitlines():
+                    put(line)
+
+        asyncio.run(to_the_end())
+        job = client.get_job_info(str(job.submission_id))
+    run = _run_of(job, config)
+    for line in [*(run.lines() if run else []), _line(job)]:
+        say(line)
+    finished = run.finished if run else job.status == JobStatus.SUCCEEDED
+    return 0 if finished else 1
+
+
+def cancel(config: RunConfig | None, job_id: str | None, now: bool, server: str, say: Say) -> None:
+    """Ask a run to save and stop; or end its job at once.
+
+    Raises:
+        InputError: none runs.
+        OutputError: the run cannot be asked, since its output folder cannot be written.
+    """
+    with _server(server) as client:
+        job = _newest([one for one in _asked(client, config, job_id) if one.status in ACTIVE], config, server)
+        url = (job.metadata or {}).get(OUTPUT) or (address(config.output.url) if config else "")
+        if now or job.status == JobStatus.PENDING or not url:
+            client.stop_job(str(job.submission_id))
+            say(f"job {job.submission_id} is ended; what it did since its last checkpoint is lost")
+            return
+    try:
+        Store(url, config.storage if config else None).write(STOP_KEY, b"qlora cancel\n")
+    except Exception as fault:  # every driver has its own errors
+        raise OutputError(
+            f"output.url: {url}: {STOP_KEY} cannot be written: {reason(fault)}. Give CONFIG and the keys of its "
+            "storage, or end the job at once with --now"
+        ) from fault
+    say(f"job {job.submission_id} was asked to save and stop: {url}/{STOP_KEY} is there now. {WHAT_THEN}")
+
+
+@contextmanager
+def _server(url: str) -> Iterator[JobSubmissionClient]:
+    """The job server, whose errors are said in a sentence.
+
+    Raises:
+        InputError: it cannot be reached, or refuses.
+        JobError: it fails.
+    """
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)  # they would win over the address that was asked for
+    try:
+        yield JobSubmissionClient(url)
+    except (JobError, SystemExit):
+        raise
+    except ConnectionError as fault:
+        raise InputError(
+            f"no Ray job server answers at {url}. Give its address with --address or RAY_API_SERVER_ADDRESS, such as "
+            f"http://HEAD:8265; behind Kubernetes: kubectl port-forward service/HEAD 8265"
+        ) from fault
+    except (RuntimeError, ValueError, RayError) as fault:
+        said = next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
+        if re.search(r"\b40[13]\b|authenticat", str(fault), re.IGNORECASE):
+            raise InputError(
+                f"the Ray job server at {url} refuses you. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH, as for its cluster"
+            ) from fault
+        raise JobError(f"the Ray job server at {url}: {said}") from fault
+
+
+def _jobs(client: JobSubmissionClient, output: str | None) -> list[JobDetails]:
+    """The jobs of an output address, or of all runs, the newest first."""
+    found = [
+        job
+        for job in client.list_jobs()
+        if job.submission_id and (written := (job.metadata or {}).get(OUTPUT)) and output in (None, written)
+    ]
+    return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+
+
+def _asked(client: JobSubmissionClient, config: RunConfig | None, job_id: str | None) -> list[JobDetails]:
+    if job_id is not None:
+        found = [job for job in client.list_jobs() if job_id in (job.submission_id, job.job_id)]
+        if not found:
+            raise InputError(f"--job {job_id}: the cluster knows no such job. qlora status --on ray lists its runs")
+        return found
+    if config is None:
+        raise InputError("neither CONFIG nor --job was given, so there is no job to look for. Give one of them")
+    return _jobs(client, address(config.output.url))[:1]
+
+
+def _newest(jobs: Sequence[JobDetails], config: RunConfig | None, server: str) -> JobDetails:
+    if not jobs:
+        what = f"output.url {config.output.url}" if config else "this"
+        raise InputError(f"no job of {what} waits or runs on {server}. qlora status --on ray lists its runs")
+    return jobs[0]
+
+
+def _run_of(job: JobDetails, config: RunConfig | None) -> Run | None:
+    url = (job.metadata or {}).get(OUTPUT)
+    return read_run(url, config) if url else None
+
+
+def _line(job: JobDetails) -> str:
+    lines = [line for line in (job.message or "").splitlines() if line.strip()]
+    said = f": {lines[-1]}" if lines and job.status not in (JobStatus.RUNNING, JobStatus.SUCCEEDED) else ""
+    return f"job {job.submission_id}: {job.status.value}{said}"
