@@ -4,6 +4,7 @@ the run recorded says what becomes of it."""
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
+KNOCK_S = 10.0
 STARTS = 1000
 """Starts of workers that one fit may take, for numbering."""
 SECOND_SIGNAL = 130
@@ -82,14 +84,26 @@ def _nodes() -> list[Node]:
 def _connect() -> None:
     os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
     try:
+        _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(address="auto", logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError) as fault:
+    except (OSError, RuntimeError) as fault:
         said = str(fault).splitlines()[0]
         raise InputError(
             f"no Ray cluster can be joined from here ({said}). Start it with ray start --head, hand the command to one "
             "with ray job submit, or use qlora submit ray CONFIG --address URL"
         ) from fault
     cloudpickle.register_pickle_by_value(worker)  # type: ignore[no-untyped-call]
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for minutes to reach a head that is not there.
+
+    Raises:
+        OSError: nobody listens at host:port.
+    """
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 class _Run:
