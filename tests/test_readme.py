@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from job.config import fields, load_config, parse_config
 from tests.conftest import REPOSITORY, qlora
@@ -79,7 +80,7 @@ def test_both_languages_have_the_same_commands() -> None:
 
 def test_both_languages_have_the_same_tables() -> None:
     keys = [[[codes(row[0]) for row in table] for table in tables(readme)] for readme in (ENGLISH, CHINESE)]
-    assert len(keys[0]) == 7 and keys[0] == keys[1]
+    assert len(keys[0]) == 8 and keys[0] == keys[1]
     assert settings(CHINESE) == settings(ENGLISH)
 
 
@@ -100,7 +101,9 @@ def test_every_setting_it_names_is_real(readme: Path) -> None:
     words = [word.partition("=")[0] for command in commands(readme) for word in command.split()]
     files = r"[\w./-]+\.(?:py|ya?ml|jsonl?|md)"
     named = {word for word in words if re.fullmatch(r"[a-z]+\.(?:\w+|\*)", word) and not re.fullmatch(files, word)}
-    known = {*FIELDS, *(f"{section}.*" for section in SECTIONS), "section.key"}
+    chart = yaml.safe_load((REPOSITORY / "charts/qlora/values.yaml").read_text())
+    values = {f"{group}.{name}" for group, inner in chart.items() if isinstance(inner, dict) for name in inner}
+    known = {*FIELDS, *values, *(f"{section}.*" for section in SECTIONS), "section.key"}
     assert named > RELIED_ON and named <= known, named - known
     listed = [key for keys, _ in settings(readme) for key in keys]
     assert set(listed) <= known and len(listed) == len(set(listed))
@@ -147,7 +150,7 @@ def test_the_tree_names_the_modules_that_there_are(readme: Path) -> None:
     modules = [path.name for path in (REPOSITORY / "job").glob("*.py") if not path.name.startswith("__")]
     packages = [f"{path.parent.name}/" for path in (REPOSITORY / "job").glob("*/__init__.py")]
     assert sorted(line.split()[0] for line in tree if line.startswith("  ")) == sorted(modules + packages)
-    assert all((REPOSITORY / line.split()[0]).is_dir() for line in tree if not line.startswith(" "))
+    assert all((REPOSITORY / line.split()[0]).exists() for line in tree if not line.startswith(" "))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
