@@ -49,9 +49,9 @@ def test_a_cluster_without_room_is_refused() -> None:
 
 def test_what_is_missing_is_said_with_what_there_is() -> None:
     assert missing(Shape(16, 1, 1), [HEAD, GPUS], {"CPU": 60.0, "GPU": 3.0}, 10) == (
-        "16 workers of 1 CPU and a GPU could not be placed within 10 min. The cluster has head 0 CPUs 0 GPUs, b 64 CPUs "
-        "8 GPUs; free are 60 CPUs and 3 GPUs. Ask for fewer (--nodes, --gpus-per-node), end other jobs, or wait longer "
-        "(--wait-minutes)"
+        "16 workers of 1 CPU and a GPU could not be placed within 10 min. The cluster has head 0 CPUs 0 GPUs, b 64 "
+        "CPUs 8 GPUs; free are 60 CPUs and 3 GPUs. Ask for fewer (--nodes, --gpus-per-node), end other jobs, or wait "
+        "longer (--wait-minutes)"
     )
     assert "The cluster has no node; free are 0 CPUs" in missing(Shape(1, 2, 0), [], {}, 0.5)
 
