@@ -80,7 +80,7 @@ def test_a_request_is_shown_and_nobody_is_asked(run_file: RunFile, tmp_path: Pat
 
 def test_what_cannot_be_sent_is_refused(run_file: RunFile, tmp_path: Path) -> None:
     from job.config import load_config
-    from job.launch.ray_train.jobs import make_request
+    from job.launch.ray_train.request import make_request
 
     path = str(run_file())
     with pytest.raises(OutputError, match=r"is a path on this machine\. Use a bucket"):
