@@ -44,6 +44,9 @@ settle() {
   fi
   launcher=${QLORA_LAUNCHER:-srun}
   [[ $launcher == srun || $launcher == pdsh ]] || refuse "QLORA_LAUNCHER is $launcher, expected srun or pdsh"
+  if [[ $launcher == pdsh && $PWD == *[^[:alnum:]/._+,:@%~-]* ]]; then # deepspeed does not quote it for the shell there
+    refuse "QLORA_LAUNCHER=pdsh cannot start in $PWD. Use srun, or submit from a folder whose path has plain letters"
+  fi
   export SLURM_EXPORT_ENV=ALL # after sbatch --export=..., steps would get no more than that
   # the number of an array's last task is the array's, too: 17 means all tasks, 17_3 is one
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

@@ -176,8 +176,10 @@ def test_what_is_wrong_is_said_before_a_node_does_anything(run_of: RunFile, clus
     for sentence, batch in wrong.items():
         assert batch.code() == 2, batch.said()
         assert sentence in batch.said() and "Traceback" not in batch.said(), batch.said()
-        assert cluster.restarts(batch.id) == 0 and not (batch.folder / "facts.jsonl").exists()
+        assert cluster.restarts(batch.id) == 0 and not list(batch.folder.glob("facts.*"))
     assert not config.with_suffix("").exists(), "nothing half-written"
+    odd = Batch(cluster, tmp_path / "a b", SINGLE, config, QLORA_LAUNCHER="pdsh")
+    assert odd.code() == 2 and "QLORA_LAUNCHER=pdsh cannot start in" in odd.said()
     assert "invalid partition" in cluster.refused("--partition=nowhere", SINGLE, config)
 
 

@@ -195,7 +195,7 @@ def test_ranks_that_ssh_started_are_gone_before_their_job_starts_again(
 ) -> None:
     """Stuck ones, as in a collective, do not end when the connection does; and the folder is no pattern."""
     config = run_of("stuck")
-    place = tmp_path / "c++ (a)"
+    place = tmp_path / "c++"
     batch = Batch(cluster, place, ZERO3, config, ENDLESS, "checkpoint.every_steps=2", QLORA_LAUNCHER="pdsh")
     batch.wait_for("step 5/")
     hosts = [cluster.hosts[line.split()[0]] for line in (batch.folder / "hostfile").read_text().splitlines()]

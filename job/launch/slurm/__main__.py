@@ -64,7 +64,7 @@ def _folder_of(config: RunConfig) -> RunFolder:
     Raises:
         OutputError: it cannot be used, or has not answered for so long.
     """
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + min(PATIENCE_S, 60 * config.storage.retry_minutes)
     while True:
         try:
             return RunFolder(config)
