@@ -1,6 +1,7 @@
 """The batch scripts on a real SLURM: the losses of one process, in every way in which ranks are started."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 from tests.cluster.batch import ENDLESS, ENV, SINGLE, SWEEP, TWO_RANKS, ZERO3, Batch, status
 from tests.cluster.reach import reachable
 from tests.cluster.slurm import Cluster, slurm
-from tests.conftest import losses, qlora
+from tests.conftest import REPOSITORY, losses, qlora
 from tests.s3 import BUCKET, S3, SECRET
 
 RunFile = Callable[..., Path]
@@ -153,12 +154,48 @@ def test_an_image_wraps_every_command_of_ours(run_of: RunFile, cluster: Cluster,
     batch = Batch(cluster, tmp_path / "work", ZERO3, config, **env, PATH=path)
     assert batch.ended() == "COMPLETED", batch.said()
     calls = (tmp_path / "calls").read_text().splitlines()
+    bound = f"{tmp_path}/work,{REPOSITORY}"
     assert all(
-        call.startswith(f"exec --nv --bind {tmp_path}/work --bind /data image.sif {sys.executable} -m job")
-        for call in calls
+        call.startswith(f"exec --nv --bind {bound} --bind /data image.sif {sys.executable} -m job") for call in calls
     )
     modules = [call.split(" -m ")[1].split()[0] for call in calls]
     assert modules.count("job") == 2 and modules.count("job.launch.slurm.node") == 2, "on each node"
+
+
+def test_pyxis_gets_the_image_in_every_step(run_of: RunFile, cluster: Cluster, tmp_path: Path) -> None:
+    """It is a plugin that is not here: a stand-in for srun notes its options, and leaves them out."""
+    real = shutil.which("srun")
+    stand_in = tmp_path / "bin/srun"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\nwords=()\n'
+        f'for word; do [[ $word == --container-* ]] || words+=("$word"); done\nexec {real} "${{words[@]}}"\n'
+    )
+    stand_in.chmod(0o755)
+    env = {"QLORA_CONTAINER": "team/image", "QLORA_CONTAINER_RUNTIME": "pyxis", "QLORA_PYTHON": sys.executable}
+    path = f"{stand_in.parent}:{ENV['PATH']}"
+    batch = Batch(cluster, tmp_path / "work", ZERO3, run_of("pyxis"), **env, PATH=path)
+    assert batch.ended() == "COMPLETED", batch.said()
+    work = tmp_path / "work"
+    options = f"--container-image=team/image --container-mounts={work}:{work},{REPOSITORY}:{REPOSITORY}"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 5, "open, the nodes' reports, their judgement, the run, its close"
+    assert all(f"{options} --container-workdir={work} " in call for call in calls), calls
+
+
+def test_nodes_with_unequal_gpus_get_as_many_ranks(run_of: RunFile, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    with slurm(tmp_path / "slurm", {"n1": 1, "n2": 3}) as cluster:
+        config = run_of("unequal")
+        words = ("--gpus=3", ZERO3, config, "train.global_batch_size=6")
+        batch = Batch(cluster, tmp_path / "work", *words, QLORA_PREFLIGHT="off")  # these GPUs are no GPUs
+        assert batch.ended() == "COMPLETED", batch.said()
+    assert (batch.folder / "hostfile").read_text() == "n1 slots=1\nn2 slots=2\n"
+    assert {line[:3] for line in (batch.folder / "n2.log").read_text().splitlines()} == {"[1]", "[2]"}
+    alone = run_of("unequal-alone")
+    done = qlora("train", alone, "train.global_batch_size=6")
+    assert done.returncode == 0, done.stderr
+    assert losses(config.with_suffix("")) == pytest.approx(losses(alone.with_suffix("")), rel=1e-5)
 
 
 def test_what_is_wrong_is_said_before_a_node_does_anything(run_of: RunFile, cluster: Cluster, tmp_path: Path) -> None:
