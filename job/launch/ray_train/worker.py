@@ -35,6 +35,7 @@ LAST_WORDS_S = 10.0
 LAST_LINES = 200
 PARENT_DIED = 1
 """prctl's PR_SET_PDEATHSIG: the rank is killed when its worker is, however that happens."""
+INTERRUPTED = 75
 POINTER = "checkpoint.json"
 
 
@@ -92,7 +93,7 @@ class Board:
 
     def failed(self, start: str) -> bool:
         """Whether a rank of this start failed."""
-        return any(ended.code for ended in self.ranks.get(start, {}).values())
+        return any(ended.code not in (0, INTERRUPTED) for ended in self.ranks.get(start, {}).values())
 
     def newest(self) -> dict[int, Ended]:
         """How the ranks of the newest start that has any ended."""
@@ -222,7 +223,7 @@ class _Rank:
             self.process.kill()
             self.code = 1  # not its own fault
         for thread in self.readers:
-            thread.join()
+            thread.join(LAST_WORDS_S)  # processes that it leaves behind may hold its pipes
         self.code = self.code or self.process.wait()
         ended = Ended(socket.gethostname(), self.code, tuple(self.last))
         ray.get(self.asked.board.end.remote(self.start, self.number, ended))
