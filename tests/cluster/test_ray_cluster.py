@@ -58,7 +58,11 @@ def wait_for(cluster: RayCluster, what: Callable[[], Any], timeout_s: float = 12
     """Until it is true; what it gave."""
     end = time.monotonic() + timeout_s
     while not (found := what()):
-        assert time.monotonic() < end, cluster.qlora("status", "--on", "ray").stdout
+        if time.monotonic() > end:
+            jobs = cluster.qlora("status", "--on", "ray").stdout
+            number = re.search(r"job (qlora-\S+): ", jobs)
+            logs = cluster.qlora("logs", "--on", "ray", "--job", number[1]).stdout if number else ""
+            raise AssertionError(f"{jobs}\n{logs[-6000:]}")
         time.sleep(0.05)
     return found
 

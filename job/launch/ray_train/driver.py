@@ -22,6 +22,7 @@ from ray import cloudpickle
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from job.config import RunConfig
 from job.errors import InputError, Interrupted, JobError
@@ -114,7 +115,8 @@ class _Run:
     ):
         self.config, self.shape, self.wait_minutes, self.say = config, shape, wait_minutes, say
         board: Any = ray.remote(worker.Board)
-        self.board = board.options(num_cpus=0).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.board = board.options(num_cpus=0, scheduling_strategy=here).remote()  # it dies with this process alone
         self.job = f"ray-{uuid4().hex}"
         url = Store(config.output.url).root if "://" not in config.output.url else config.output.url
         self.asked = worker.Asked(text, words, str(Path.cwd()), url, self.job, self.board, own_path(os.environ))
