@@ -166,7 +166,7 @@ def test_a_job_of_plain_sbatch_is_found_by_its_folder(place: Place) -> None:
     place.script(HEARS)
     number = place.cluster.sbatch("job.sh", cwd=place.folder, env=place.env)
     said = place.until_it_says("running, step 0")
-    assert f"job {number}: RUNNING on n1, " in said
+    assert f"job {number}: RUNNING on n" in said, said
     assert "is there now" in place.qlora("cancel", "run.yaml")
     code, log = place.followed(place.follow())
     assert code == 1 and "interrupted (a stop key), step 7" in log and f"job {number}: FAILED" in log, log
