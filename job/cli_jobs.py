@@ -103,7 +103,7 @@ def submit_ray(
     Example: qlora submit ray runs.yaml --address http://head:8265 --nodes 2 --gpus-per-node 8
     """
     run = load(config, settings)
-    from job.launch.ray_train.request import look_first, make_request
+    from job.launch.ray_train.request import make_request
     from job.launch.ray_train.shape import Wanted
 
     wanted = Wanted(nodes, gpus_per_node, wait_minutes)
@@ -112,9 +112,10 @@ def submit_ray(
         for line in [json.dumps(request.as_json(), indent=1)] if as_json else request.lines():
             typer.echo(line)
         return
-    look_first(run)
     from job.launch.ray_train import jobs as ray
+    from job.run_folder import RunFolder
 
+    RunFolder(run).refuse_finished()
     number = ray.submit(request)
     typer.echo(f"job {number}")
     for verb in ("status", "logs -f", "cancel"):

@@ -133,6 +133,19 @@ class RunFolder:
             return not {"train.epochs", "train.max_steps"} & changed
         return "train.max_steps" not in changed or wanted <= self.status.step
 
+    def refuse_finished(self) -> None:
+        """Refuse to start what is done; a launcher asks before it queues anything.
+
+        Raises:
+            OutputError: the run is finished, or the folder is another run's (see `already_finished`).
+        """
+        if self.already_finished():
+            steps = self.status.step if self.status else 0
+            raise OutputError(
+                f"output.url: {self.config.output.url} holds this run, finished after {steps} "
+                "steps. Raise train.epochs or train.max_steps to go further, or use another output.url"
+            )
+
     @property
     def took_no_step(self) -> bool:
         """Whether a run ended here before its first step."""

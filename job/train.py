@@ -73,8 +73,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     world, hardware = agree_on_hardware(world, hardware)
     run = RunFolder(config)
     if on_first_rank(world, run.already_finished):
-        done = run.status.step if run.status else 0
-        return Outcome("already finished", done, None, None, f"{run.store.url}/adapter")
+        return Outcome("already finished", run.status.step if run.status else 0, None, None, f"{run.store.url}/adapter")
     files, checkpoint = first_of_each_node(world, lambda: fetch(config.model, config.storage, say))
     architecture = read_config(files, config.model)
     shape, unknown = on_first_rank(world, lambda: shape_of(config.model, config.storage, say))

@@ -9,10 +9,9 @@ from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.jobs import Job
 from job.launch.kubernetes.refusals import Absent
 from job.launch.kubernetes.watch import config_of, jobs_of, run_of
-from job.launch.slurm.cancel import WHAT_THEN
 from job.launch.slurm.watch import Run
+from job.launch.stopping import WHAT_THEN, ask_to_stop
 from job.lease import STOP_KEY
-from job.store import Store, reason
 
 Say = Callable[[str], None]
 
@@ -60,7 +59,7 @@ def _end(cluster: Cluster, job: Job, config: RunConfig | None, now: bool, say: S
         return
     if job.retries:  # or KubeRay starts the stopped run again
         cluster.patch(cluster.rayjobs(job.name), f"RayJob {job.name}", {"spec": {"backoffLimit": 0}})
-    _ask(run, config)
+    ask_to_stop(run.url, config.storage if config else None)
     say(f"job {job.name} was asked to save and stop: {run.url}/{STOP_KEY} is there now. {WHAT_THEN}")
     say(f"to end it at once: qlora cancel --on kubernetes --job {job.name} --now")
 
@@ -70,16 +69,6 @@ def _not_begun(job: Job, run: Run) -> bool:
     if run.status is None or run.status.state != "running":
         return True
     return bool(job.started) and datetime.fromisoformat(run.status.updated) < datetime.fromisoformat(job.started)
-
-
-def _ask(run: Run, config: RunConfig | None) -> None:
-    try:
-        Store(run.url, config.storage if config else None).write(STOP_KEY, b"qlora cancel\n")
-    except Exception as fault:  # every driver has its own errors
-        raise OutputError(
-            f"output.url: {run.url}: {STOP_KEY} cannot be written: {reason(fault)}. Check the keys in the environment, "
-            "or end the job at once with --now"
-        ) from fault
 
 
 def _delete(cluster: Cluster, job: Job) -> None:

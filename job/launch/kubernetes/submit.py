@@ -46,12 +46,7 @@ def look_first(config: RunConfig, request: Request, say: Say) -> str:
             raise
         say(f"Warning: {fault}. It was not looked into: the pods do that, with keys of their own")
         return address(config.output.url)
-    if folder.already_finished():
-        steps = folder.status.step if folder.status else 0
-        raise OutputError(
-            f"output.url: {config.output.url} holds this run, finished after {steps} steps. Raise train.epochs or "
-            "train.max_steps to go further, or use another output.url"
-        )
+    folder.refuse_finished()
     return address(config.output.url)
 
 

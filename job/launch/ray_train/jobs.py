@@ -15,13 +15,12 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from job.config import RunConfig
-from job.errors import InputError, JobError, OutputError
+from job.errors import InputError, JobError
 from job.launch.ray_train.request import OUTPUT, Request
-from job.launch.slurm.cancel import WHAT_THEN
 from job.launch.slurm.request import address
 from job.launch.slurm.watch import Run, read_run
+from job.launch.stopping import WHAT_THEN, ask_to_stop
 from job.lease import STOP_KEY
-from job.store import Store, reason
 
 PATIENCE_S = 60.0
 ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
@@ -127,13 +126,7 @@ def cancel(config: RunConfig | None, job_id: str | None, now: bool, server: str,
             client.stop_job(str(job.submission_id))
             say(f"job {job.submission_id} is ended; what it did since its last checkpoint is lost")
             return
-    try:
-        Store(url, config.storage if config else None).write(STOP_KEY, b"qlora cancel\n")
-    except Exception as fault:  # every driver has its own errors
-        raise OutputError(
-            f"output.url: {url}: {STOP_KEY} cannot be written: {reason(fault)}. Give CONFIG and the keys of its "
-            "storage, or end the job at once with --now"
-        ) from fault
+    ask_to_stop(url, config.storage if config else None)
     say(f"job {job.submission_id} was asked to save and stop: {url}/{STOP_KEY} is there now. {WHAT_THEN}")
 
 

@@ -12,7 +12,6 @@ from job.config import RunConfig
 from job.errors import InputError, OutputError
 from job.launch.ray_train.shape import Wanted
 from job.launch.slurm.request import address, tag
-from job.run_folder import RunFolder
 
 OUTPUT = "qlora_output"
 """Under which a job's metadata has the address of its output."""
@@ -97,18 +96,3 @@ def make_request(
         files={} if folder else {RUN_FILE: Path(path).read_text(encoding="utf-8")},
         folder=folder,
     )
-
-
-def look_first(config: RunConfig) -> None:
-    """What can be said before anything is sent.
-
-    Raises:
-        OutputError: the output folder is not this run's, or the run is done.
-    """
-    folder = RunFolder(config)
-    if folder.already_finished():
-        steps = folder.status.step if folder.status else 0
-        raise OutputError(
-            f"output.url: {config.output.url} holds this run, finished after {steps} steps. Raise train.epochs or "
-            "train.max_steps to go further, or use another output.url"
-        )

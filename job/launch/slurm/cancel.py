@@ -4,18 +4,14 @@ import re
 from collections.abc import Callable
 
 from job.config import RunConfig
-from job.errors import InputError, OutputError
+from job.errors import InputError
 from job.launch.slurm.commands import ask
 from job.launch.slurm.jobs import Job
 from job.launch.slurm.request import address
 from job.launch.slurm.watch import Run, config_of, jobs_of, read_run, run_of
+from job.launch.stopping import WHAT_THEN, ask_to_stop
 from job.lease import STOP_KEY
-from job.store import Store, reason
 
-WHAT_THEN = (
-    "The run looks for it every 15 s, ends the step it is in, writes a checkpoint and the adapter, and ends as "
-    "interrupted; the same command goes on from there"
-)
 Say = Callable[[str], None]
 
 
@@ -55,7 +51,7 @@ def cancel_without_slurm(config: RunConfig | None, now: bool, say: Say) -> None:
         raise InputError(
             "--now ends jobs of SLURM, and this run is none. Leave --now out, or press Ctrl-C where it runs"
         )
-    _ask(run, config)
+    ask_to_stop(run.url, config.storage if config else None)
     say(f"the run was asked to save and stop: {run.url}/{STOP_KEY} is there now. {WHAT_THEN}")
 
 
@@ -72,7 +68,8 @@ def _end(job: Job, config: RunConfig | None, now: bool, say: Say) -> None:
         _scancel(job)
         say(f"job {job.id} is cancelled; its run had not begun, so there was nothing to save")
         return
-    _ask(run, config or config_of(job))
+    known = config or config_of(job)
+    ask_to_stop(run.url, known.storage if known else None)
     say(f"job {job.id} was asked to save and stop: {run.url}/{STOP_KEY} is there now. {WHAT_THEN}")
     say(f"to end it at once: qlora cancel --job {job.id} --now")
 
@@ -82,16 +79,6 @@ def _not_begun(job: Job, run: Run) -> bool:
     if run.status is None or run.status.state != "running":
         return True
     return bool(run.status.updated == job.about().get("before", ""))
-
-
-def _ask(run: Run, config: RunConfig | None) -> None:
-    try:
-        Store(run.url, config.storage if config else None).write(STOP_KEY, b"qlora cancel\n")
-    except Exception as fault:  # every driver has its own errors
-        raise OutputError(
-            f"output.url: {run.url}: {STOP_KEY} cannot be written: {reason(fault)}. Check the keys in the environment, "
-            "or end the job at once with --now"
-        ) from fault
 
 
 def _scancel(job: Job) -> None:

@@ -60,12 +60,10 @@ def _look_at(config: RunConfig, wanted: Wanted, done_is_fine: bool) -> None:
         except ConfigError as fault:
             raise ConfigError(f"the settings for {ranks} ranks, {gpus} a node", fault.faults) from fault
     folder = RunFolder(config)
-    if folder.already_finished() and not done_is_fine:
-        steps = folder.status.step if folder.status else 0
-        raise OutputError(
-            f"output.url: {config.output.url} holds this run, finished after {steps} steps. Raise train.epochs or "
-            "train.max_steps to go further, or use another output.url"
-        )
+    if done_is_fine:
+        folder.already_finished()  # refuses a folder that is another's
+    else:
+        folder.refuse_finished()
 
 
 def submit(request: Request, url: str, env: Mapping[str, str], say: Say) -> str:
