@@ -96,8 +96,8 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     with stop, recorded(record):
         seed_random(config.train.seed, world.rank)
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
-        dtype = DTYPE[plan.precision]
-        model, places = add_adapter(skeleton, config.lora, config.train.seed, base_name(config.model), dtype)
+        base, dtype = base_name(config.model), DTYPE[plan.precision]
+        model, places = add_adapter(skeleton, config.lora, config.train.seed, base, dtype)
         if config.train.recompute == "full":
             recompute_activations(model)
         engine = Engine(model, places, plan, config.train, world)
@@ -112,9 +112,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
             saver.finish(record.progress)
         on_first_rank(world, lambda: _leave(config, record, model, tokenizer))
         record.interrupt()
-    if note := plain_peft_note(config.model):
-        say(note)
-    return _outcome(record.progress, run)
+    return _outcome(record.progress, run, plain_peft_note(config.model), say)
 
 
 def _in_short(plan: Plan, world: World, hardware: Hardware) -> str:
@@ -122,7 +120,9 @@ def _in_short(plan: Plan, world: World, hardware: Hardware) -> str:
     return said + (f" ({plan.reason})" if plan.reason else "")
 
 
-def _outcome(progress: Progress, run: RunFolder) -> Outcome:
+def _outcome(progress: Progress, run: RunFolder, note: str | None, say: Say) -> Outcome:
+    if note:
+        say(note)
     after = progress.last_eval if progress.kept_eval is None else progress.kept_eval
     return Outcome("finished", progress.step, progress.first_eval, after, f"{run.store.url}/adapter")
 

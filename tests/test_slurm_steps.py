@@ -1,5 +1,6 @@
 """What the batch scripts ask on the first node of a job, each question in a process of its own."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from job.config import RunConfig, load_config
+from job.errors import OutputError
 from job.launch.slurm.allocation import Node, Start
 from job.preflight.facts import Facts
+from job.run_folder import RunFolder
 from tests.conftest import REPOSITORY
 from tests.test_slurm_allocation import UUIDS, allocated, said
 
@@ -374,3 +378,28 @@ def test_a_wrong_sweep_is_refused(text: str | None, task: str, message: str, run
 def test_a_wrong_setting_of_a_sweep_is_refused(run_file: RunFile, tmp_path: Path) -> None:
     (tmp_path / "sweep").write_text("lora.rnak=8\n")
     assert "lora.rnak: unknown name" in refused(ask("sweep", run_file(), tmp_path / "sweep", "1"), 2)
+
+
+@pytest.mark.parametrize(("cause", "tries"), [(ConnectionError("reset"), 3), (PermissionError(errno.EACCES, "no"), 1)])
+def test_storage_that_falters_as_a_job_begins_or_ends_is_asked_again_and_one_that_refuses_is_not(
+    cause: OSError, tries: int, run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.launch.slurm import __main__ as steps
+
+    asked: list[RunConfig] = []
+
+    def folder(config: RunConfig) -> RunFolder:
+        asked.append(config)
+        if len(asked) < 3:
+            raise OutputError("output.url: cannot be reached") from cause
+        return RunFolder(config)
+
+    monkeypatch.setattr(steps, "RunFolder", folder)
+    monkeypatch.setattr(steps, "PAUSE_S", 0.0)
+    config = load_config(str(run_file()))
+    if tries == 3:
+        assert steps._folder_of(config).config == config
+    else:
+        with pytest.raises(OutputError, match="cannot be reached"):
+            steps._folder_of(config)
+    assert len(asked) == tries
