@@ -30,7 +30,7 @@ VARIANTS = [
     (8192, 1, "full", 0.0),
     (8192, 1, "none", 0.0),
 ]
-"""Sequence length, sequences, recompute, dropout."""
+"""Sequence length, sequences, recompute, dropout; each is measured with train.fused and without."""
 
 
 def make_model(folder: Path) -> None:
@@ -87,6 +87,7 @@ def measure(model: Path, work: Path, length: int, micro: int, *overrides: str, r
     return {
         "tokens_per_s": round(statistics.median(row["tokens_per_s"] for row in found[3:])),
         "peak_gib": found[-1]["memory_gib"],
+        "loss": round(found[-1]["loss"], 4),
         "besides_steps_s": round(seconds - stepping, 1),
     }
 
@@ -98,9 +99,16 @@ def main(work: Path) -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for length, micro, recompute, dropout in VARIANTS:
         how = [f"train.recompute={recompute}", f"lora.dropout={dropout}", "train.optimizer=paged_adamw_8bit"]
-        figures = measure(model, work, length, micro, *how)
-        row = {"tokens": f"{micro} x {length}", "recompute": recompute, "dropout": dropout, **figures}
-        print(json.dumps(row), flush=True)
+        for fused in ("true", "false"):
+            figures = measure(model, work, length, micro, *how, f"train.fused={fused}")
+            row = {
+                "tokens": f"{micro} x {length}",
+                "recompute": recompute,
+                "dropout": dropout,
+                "fused": fused,
+                **figures,
+            }
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

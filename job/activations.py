@@ -15,6 +15,8 @@ ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes an element of each precision."""
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h")
 """Last names of the linears that end an attention or an MLP."""
+CHUNK = 1 << 25
+"""Logits that exist at once where the loss is taken in chunks, at least those of one position."""
 COMPOSITE = ("gelu_new", "gelu_fast")
 """Activations that transformers writes out in products, so that autograd keeps four tensors instead of one."""
 
@@ -41,6 +43,8 @@ class Job:
     """Last names of the linears with an adapter; None is all."""
     dropout: float = 0.0
     """LoRA's dropout."""
+    share_a: bool = False
+    """Whether the parts of what the model's authors fused share one A."""
     dora: bool = False
     """Whether magnitudes are trained too."""
     micro_batch: int = 1
@@ -53,6 +57,8 @@ class Job:
     """Whether attention is written out instead of one kernel; models that cap its scores have no other."""
     learnt_share: float = 1.0
     """Share of positions that have logits."""
+    fused: bool = True
+    """Whether adapters are computed in one step with their linears, and the loss in chunks."""
     recompute: Literal["none", "full"] = "full"
     """full keeps each layer's input alone."""
     optimizer: str = "adamw"
@@ -88,6 +94,11 @@ class Job:
         """Bytes of an activation's element."""
         return ITEM[self.precision]
 
+    @property
+    def in_one_step(self) -> bool:
+        """Whether no dropped copy of a linear's input is kept: masks are made again."""
+        return self.fused and not self.dora and self.quantization != "int8"
+
     def adapts(self, linear: Linear) -> bool:
         """Whether this linear gets an adapter."""
         return self.targets is None or linear.name in self.targets
@@ -110,6 +121,8 @@ def kept_bytes(shape: Shape, job: Job) -> int:
 def layer_bytes(shape: Shape, job: Job) -> int:
     """What one layer keeps when it is not recomputed, bytes."""
     each = shape.norms * _norm(shape, job) + _head_norms(shape, job) + _attention(shape, job) + _mlp(shape, job)
+    if any("*" in linear.path for linear in shape.linears):  # each expert's output, and the same weighted
+        each += 2 * job.item * shape.experts_per_token * shape.hidden
     whole = 0.0
     if job.masked:  # made from the boolean mask in every layer anew
         whole += job.micro_batch * job.length**2 * job.item
@@ -117,9 +130,11 @@ def layer_bytes(shape: Shape, job: Job) -> int:
     for linear, times in _per_layer(shape, job):
         # autograd's A and B keep their inputs; bitsandbytes' 4-bit product keeps none, its 8-bit product does
         group = (linear.parent, _role(shape, linear))
-        first, has_twin = group not in groups, group[1] == "attention_out"
+        # attention's output is what the linear after it keeps, unless query and key were put together from two parts,
+        # which changes its layout
+        first, has_twin = group not in groups, group[1] == "attention_out" and not shape.partly_rotated
         groups.add(group)
-        copies = 1.0 if job.dropout else float(first and not has_twin)
+        copies = 1.0 if job.dropout and not job.in_one_step else float(first and not has_twin)
         if job.quantization == "int8" and job.dropout and first and not has_twin:
             copies += 1
         each += times * job.item * (copies * linear.inputs + job.rank)
@@ -130,12 +145,12 @@ def layer_bytes(shape: Shape, job: Job) -> int:
 
 def working_bytes(shape: Shape, job: Job, tokens: int) -> int:
     """What one layer's backward takes besides what was kept, bytes: at the end of the MLP there are three gradients as
-    wide as its inner features (of the base's product, of the adapter's, their sum) and two of the residual; and the
-    largest linear is dequantized for its product."""
+    wide as its inner features (of the base's product, of the adapter's, their sum), in one step one, and two of the
+    residual; and the largest linear is dequantized for its product."""
     inner = max(_inner(shape), shape.hidden)
     largest = max((linear.numel for linear in shape.linears), default=0)
     dequantized = 0 if job.quantization == "none" else largest * job.item
-    return tokens * job.item * (3 * inner + 2 * shape.hidden) + dequantized
+    return tokens * job.item * ((1 if job.in_one_step else 3) * inner + 2 * shape.hidden) + dequantized
 
 
 def _norm(shape: Shape, job: Job) -> int:

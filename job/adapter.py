@@ -29,13 +29,14 @@ def write(
 
     Args:
         model: the peft model, for its configuration.
-        tensors: the trained parameters by their names in the model.
+        tensors: the trained parameters by their names in the model; one that several modules share by its first.
         trained: at least one step was taken, so that an untouched B is a fault.
         revision: the base's, `model.revision`, which plain peft asks the hub for; None is its default branch.
 
     Raises:
         AdapterError: what was read back is damaged, empty, not finite, or differs from what was trained.
     """
+    tensors = _under_all_names(model, tensors)
     expected = get_peft_model_state_dict(model, state_dict=tensors)
     model.active_peft_config.revision = revision
     with tempfile.TemporaryDirectory() as folder:
@@ -52,6 +53,16 @@ def write(
             f"{store.url}/{WEIGHTS}: damaged when read back ({fault}): the storage changed it. Try another output.url"
         ) from fault
     prove(found, expected, trained)
+
+
+def _under_all_names(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with each shared parameter under the names of all modules that share it, as peft's files have it."""
+    first: dict[int, str] = {}
+    everywhere = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in everywhere:
+        first.setdefault(id(parameter), name)
+    twins = {name: tensors[first[id(value)]] for name, value in everywhere if first[id(value)] in tensors}
+    return {**twins, **tensors}
 
 
 def prove(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], trained: bool) -> None:

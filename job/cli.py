@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 import typer
 
 from job import __version__
+from job.cli_adapters import adapters
 from job.cli_jobs import jobs
 from job.cli_kubernetes import MACHINE, checks
 from job.cli_words import Config, Settings
 from job.cli_words import load as _load
 from job.cli_words import say as _say
 from job.errors import InputError, Interrupted, JobError, OutputError
+from job.extras import extra_of
 
 app = typer.Typer(
     name="qlora",
@@ -28,6 +30,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 75 interrupted, 130 second Ctrl-C.",
 )
 app.add_typer(jobs)
+app.add_typer(adapters)
 app.add_typer(checks, name="preflight")
 
 
@@ -145,7 +148,8 @@ def preflight(
     settings: Settings = None,
     report: Annotated[bool, typer.Option("--report", help="Print what this node is, a line of JSON, alone.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Report the first free port from here on.")] = 29500,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that each stage of the exchange may take.")] = 40.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the whole exchange may take.")] = 45.0,
+    until: Annotated[float, typer.Option(help="Unix time by which it is to be over, instead of --timeout.")] = 0.0,
     nodes: Annotated[str, typer.Option(metavar="A,B,...", help="Names of the nodes in the order of ranks.")] = "",
     verdict: Annotated[str | None, typer.Option(metavar="FILE", help="Write the verdict there too, as JSON.")] = None,
 ) -> None:
@@ -162,7 +166,7 @@ def preflight(
     from job.preflight.verb import preflight as check
 
     named = [name for name in nodes.split(",") if name]
-    options = Options(report, port, timeout, named, Path(verdict) if verdict else None)
+    options = Options(report, port, timeout, named, Path(verdict) if verdict else None, until)
     code = check(run, options, context.obj, sys.argv[1:], _say, typer.echo)
     if code:
         raise typer.Exit(code)
@@ -241,11 +245,11 @@ def chat(config: Config, settings: Settings = None) -> None:
     while question := _asked():
         asked = responder.encoder.kind.ask(question)
         try:
-            answer = responder.chat([*turns, *asked])
+            answer = responder.chat([*turns, *asked], lambda text: typer.echo(text, nl=False))
         except InputError as fault:
             _say(str(fault))
             continue
-        typer.echo(answer)
+        typer.echo()
         if asked[-1].role == "assistant":  # formats without turns have no memory
             turns += [*asked[:-1], asked[-1]._replace(content=answer, learn=False)]
 
@@ -284,6 +288,12 @@ def main() -> None:
     except JobError as fault:
         typer.echo(f"{type(fault).__name__}: {fault}", err=True)
         sys.exit(fault.exit_code)
+    except ModuleNotFoundError as fault:
+        extra = extra_of(fault.name or "")
+        if extra is None:
+            raise
+        typer.echo(f"InputError: {fault.name} is not installed. Install it with: pip install '{extra}'", err=True)
+        sys.exit(InputError.exit_code)
     except KeyboardInterrupt:
         typer.echo("Stopped", err=True)
         sys.exit(130)

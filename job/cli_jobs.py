@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from typing import Annotated, Any, Literal
 
 import typer
@@ -113,13 +114,12 @@ def submit_ray(
             typer.echo(line)
         return
     from job.launch.ray_train import jobs as ray
-    from job.run_folder import RunFolder
 
-    RunFolder(run).refuse_finished()
-    number = ray.submit(request)
+    number = ray.submit(run, request, wanted, say)
     typer.echo(f"job {number}")
+    same = shlex.join([config, *(settings or ()), "--on", "ray", "--address", address])
     for verb in ("status", "logs -f", "cancel"):
-        typer.echo(f"  qlora {verb} --on ray --address {address} --job {number}")
+        typer.echo(f"  qlora {verb} {same}")
 
 
 @jobs.command()
@@ -236,9 +236,9 @@ def _standings(run: Any, job: str | None, on: str | None, namespace: str | None,
 
 
 def _asks_slurm(on: str | None) -> bool:
-    from job.launch.slurm.commands import available
+    from job.launch.slurm.commands import belongs_to_a_cluster
 
-    return on == "slurm" or (on is None and available())
+    return on == "slurm" or (on is None and belongs_to_a_cluster())
 
 
 def _must_ask_slurm(on: str | None) -> None:
@@ -246,5 +246,6 @@ def _must_ask_slurm(on: str | None) -> None:
 
     if not _asks_slurm(on):
         raise InputError(
-            "a run that was started here writes to its terminal, there are no logs. Ask --on slurm, or status"
+            "a run that was started here writes to its terminal, there are no logs. Its metrics.jsonl has every step; "
+            "logs of a job need --on slurm, ray or kubernetes"
         )

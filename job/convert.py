@@ -20,21 +20,21 @@ from safetensors.torch import save_file
 from job.cache import Cache
 from job.config.running import Storage
 from job.errors import ModelError
-from job.headers import INDEX, indexed_files
+from job.headers import INDEX
 from job.hub import aside
 from job.made_once import made_once
+from job.pickled import PICKLED_INDEX, is_pickled, pickled_files, pickled_header
 from job.reading import REQUEST, Range, read_ahead
 from job.store import Store, reason
+from job.telling import telling
+from job.tensors import refuse_lfs_pointer
 
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What a model's folder holds beside its weights."""
 TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
 """Files that a tokenizer is made from; one of them is enough."""
 VERSION = 1
 """Part of a converted folder's name: raise it when the conversion gives something else."""
-
-_PART = re.compile(r"pytorch_model(-\d+-of-0*(\d+))?\.bin")
 
 
 def weight_files(url: str, names: Sequence[str]) -> list[str]:
@@ -45,9 +45,9 @@ def weight_files(url: str, names: Sequence[str]) -> list[str]:
     """
     if any(name.endswith(".safetensors") for name in names):
         return []
-    pickled = [name for name in names if _PART.fullmatch(name) or name == PICKLED_INDEX]
-    if any(name != PICKLED_INDEX for name in pickled):
-        return pickled
+    pickled = [name for name in names if is_pickled(name)]
+    if pickled:
+        return [*pickled, *(name for name in names if name == PICKLED_INDEX)]
     found = [name for name in names if name.endswith(".gguf")]
     if len(found) > 1:
         raise ModelError(
@@ -86,13 +86,15 @@ def converted(store: Store, storage: Storage, say: Callable[[str], None] = aside
         ModelError: the weights are damaged, incomplete, hold more than weights, or do not fit on the disk.
         JobError: the storage failed.
     """
-    with _reading(store):
+    with telling(ModelError, f"{store.url}: the weights cannot be read", cure=""):
         names = store.names()
         files = weight_files(store.url, names)
         if not files:
             return store
         beside = {name: store.read(name) for name in small_files(names)} if is_gguf(files) else {}
-        parts = files if is_gguf(files) else _pickled_files(store, files)
+        parts = files if is_gguf(files) else pickled_files(store, names)
+        if not is_gguf(files) and all(pickled_header(store, part, places=False) for part in parts):
+            return store
     kind = "GGUF" if is_gguf(files) else "pickled"
 
     def fill(draft: Path, folder: Path, stays: bool) -> None:
@@ -105,17 +107,6 @@ def converted(store: Store, storage: Storage, say: Callable[[str], None] = aside
 
     cache = Path(storage.cache_dir).expanduser() / "converted" if storage.cache_dir else None
     return Store(str(made_once(cache, _key(store, [*parts, *beside], storage, say), fill)))
-
-
-@contextmanager
-def _reading(store: Store) -> Iterator[None]:
-    """Say what a storage driver raises in our words."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as fault:  # every driver has its own errors
-        raise ModelError(f"{store.url}: the weights cannot be read: {reason(fault)}") from fault
 
 
 def _key(store: Store, sources: Sequence[str], storage: Storage, say: Callable[[str], None]) -> str | None:
@@ -147,20 +138,6 @@ def _convert_pickled(store: Store, files: Sequence[str], draft: Path) -> None:
     (draft / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
-def _pickled_files(store: Store, names: Sequence[str]) -> list[str]:
-    if PICKLED_INDEX in names:
-        return indexed_files(store, PICKLED_INDEX, names)
-    if PICKLED in names:
-        return [PICKLED]
-    said = {int(part[2]) for name in names if (part := _PART.fullmatch(name))}
-    if said != {len(names)}:
-        raise ModelError(
-            f"{store.url} holds {len(names)} parts of pytorch_model.bin, their names say {max(said)}. "
-            "Copy the checkpoint again"
-        )
-    return list(names)
-
-
 def _convert_pickle(path: Path, target: Path, name: str) -> dict[str, int]:
     """Write one pickled file as safetensors; returns the bytes of each tensor in it."""
     tensors = _each_once(_unpickled(path, name))
@@ -171,8 +148,7 @@ def _convert_pickle(path: Path, target: Path, name: str) -> dict[str, int]:
 def _unpickled(path: Path, name: str) -> dict[str, torch.Tensor]:
     with open(path, "rb") as file:
         head = file.read(32)
-    if head.startswith(b"version https://git-lfs"):
-        raise ModelError(f"{name} is a git-lfs pointer. Run git lfs pull")
+    refuse_lfs_pointer(head, name)
     try:
         # files from before torch 1.6 are no zip archives and cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
@@ -255,7 +231,7 @@ def _on_disk(store: Store, file: str, folder: Path) -> Iterator[Path]:
         yield Path(store.path(file))
         return
     path = folder / file
-    with _reading(store):
+    with telling(ModelError, f"{store.url}: the weights cannot be read", cure=""):
         size = store.size(file)
     ranges = [Range(file, start, min(start + REQUEST, size)) for start in range(0, size, REQUEST)]
     try:

@@ -56,16 +56,25 @@ class RowDropout(nn.Module):
         Raises:
             RuntimeError: the tokens are not those that the places were moved to.
         """
-        if not self.training or self.p == 0:
+        mask = self.mask(x_BTF)
+        if mask is None:
             return x_BTF
+        dropped: torch.Tensor = _Drop.apply(x_BTF, *mask, self.p)  # type: ignore[no-untyped-call]
+        return dropped
+
+    def mask(self, x_BTF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys of the tokens [B, T] and features [F] that make the mask of `x_BTF` (see `drop`); None in evaluation.
+
+        Raises:
+            RuntimeError: the tokens are not those that the places were moved to.
+        """
+        if not self.training or self.p == 0:
+            return None
         keys = self.places.keys
         if keys is None or keys.numel() != x_BTF.shape[:-1].numel():
             raise RuntimeError(f"dropout got tokens {tuple(x_BTF.shape[:-1])} whose places were not given")
-        keys = keys.view(x_BTF.shape[:-1])  # some architectures (OPT) have all tokens of a batch in one dimension
-        dropped: torch.Tensor = _Drop.apply(  # type: ignore[no-untyped-call]
-            x_BTF, keys, self._feature_keys(x_BTF), self.p
-        )
-        return dropped
+        # some architectures (OPT) have all tokens of a batch in one dimension
+        return keys.view(x_BTF.shape[:-1]), self._feature_keys(x_BTF)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

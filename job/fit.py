@@ -11,6 +11,10 @@ SPARE = 0.06
 exact (within 4% of the peaks in bench/RESULTS.md)."""
 
 
+SPARE_FOR_SPEED = 0.15
+"""The same where more memory is taken than is needed, in order to be faster."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A strategy, or None when nothing fits, with the reason in one line and the memory it was judged by."""
@@ -23,6 +27,12 @@ class Choice:
 def fits(memory: Memory, device_gib: float) -> bool:
     """Whether a device of so many GiB holds it and `SPARE` stays free."""
     return memory.total_gib <= device_gib * (1 - SPARE)
+
+
+def keeps_activations(shape: Shape, job: Job, device_gib: float) -> bool:
+    """Whether a device of so many GiB holds all activations and `SPARE_FOR_SPEED` stays free."""
+    need = memory(shape, replace(job, recompute="none"))
+    return need.total_gib <= device_gib * (1 - SPARE_FOR_SPEED)
 
 
 def choose(shape: Shape, job: Job, device_gib: float) -> Choice:

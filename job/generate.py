@@ -1,7 +1,9 @@
 """Answers of the base and of the tuned model, to prompts encoded exactly as in training."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,10 @@ from job.data.rows import Row
 from job.data.split import read_split
 from job.errors import DataError, InputError
 from job.hardware import this_hardware
-from job.headers import read_headers
-from job.model import DTYPE, add_adapter, build, place, shares
+from job.matching import matched
+from job.model import DTYPE, add_adapter, build, place
 from job.plan import make_plan
-from job.pretrained import base_name, fetch, fetch_weights, read_config
+from job.pretrained import base_name, fetch, fetch_weights, read_config, read_tensors
 from job.run_folder import RunFolder
 from job.tokenizer import Tokenizer
 from job.turns import Segment
@@ -28,6 +30,7 @@ from job.world import World
 
 ASKED_BY = ("model.", "quantization.", "lora.", "data.format", "data.template", "data.learn")
 """What an adapter answers as trained by: its base, quantization and scale, and the form of its prompts."""
+Hear = Callable[[str], None]
 SPLIT_BY = ("data.train", "evaluation.file", "evaluation.share", "train.seed")
 """What says which rows were held out."""
 
@@ -40,6 +43,33 @@ class Answers:
     wanted: str
     base: str
     tuned: str
+
+
+class Speech:
+    """An answer while it is made; transformers calls it a streamer, and puts the prompt first.
+
+    Args:
+        tokenizer: makes text of tokens.
+        hear: hears each new piece of the text; no character comes in parts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, hear: Hear):
+        self.tokenizer, self.hear = tokenizer, hear
+        self.ids: list[int] | None = None
+        self.heard = 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """The next tokens."""
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += tokens.tolist()
+        said = self.tokenizer.said(self.ids)
+        self.hear(said[self.heard :])
+        self.heard = len(said)
+
+    def end(self) -> None:
+        """Nothing is kept back that could be said."""
 
 
 class Responder:
@@ -65,20 +95,24 @@ class Responder:
         architecture = read_config(files, config.model)
         plan = make_plan(config, World(), hardware, architecture.model_type)
         self.device = hardware.device
+        # beyond its seq_length first-generation Qwen would need another attention
+        self.positions: int = getattr(architecture, "seq_length", None) or _positions(architecture)
         self.tokenizer = Tokenizer(files, config.model.trust_remote_code)
         train, held_out = read_split(config)
         self.rows: Sequence[Row] = held_out or train
         self.encoder: Encoder = make_encoder(config, self.tokenizer, train[0])
-        base = build(architecture, config, plan.precision, plan.compute_dtype)
+        made = partial(build, architecture, config.model, config.quantization, plan.precision, plan.compute_dtype)
+        base = made()
         checkpoint = fetch_weights(config.model, checkpoint, config.storage)
-        wanted = shares(base, read_headers(checkpoint), config.model.name)
+        tensors = read_tensors(files, checkpoint, config.model)
+        base, wanted = matched(base, made, tensors, checkpoint, config.model.name)
         dtype = DTYPE[plan.precision]
         pieces = stream(checkpoint, wanted, config.quantization, dtype, self.device)
         if self.device == "cpu":
             # a CPU would dequantize every weight for every token (the demo: 216 s instead of 16 s on two cores,
             # 2026-11-21); these are the same values, made once
-            plain = config.model_copy(update={"quantization": Quantization(type="none")})
-            base = build(architecture, plain, plan.precision, plan.compute_dtype)
+            plain = Quantization(type="none")
+            base = build(architecture, config.model, plain, plan.precision, plan.compute_dtype)
             pieces = dequantized(pieces, dtype)
         place(base, pieces, self.device)
         self.model: Any = add_adapter(base, config.lora, config.train.seed, base_name(config.model), dtype)[0]
@@ -107,6 +141,7 @@ class Responder:
         """
         segments = self.encoder.segments(row)
         try:
+            segments = self.encoder.talks(segments)[-1]
             encoded = self._encoded(segments)
         except ValueError as fault:
             raise DataError(f"{row.where}: {fault}") from fault
@@ -121,13 +156,16 @@ class Responder:
         segments = self.encoder.kind.ask(question)
         return self._compare(segments, self._asked(segments))
 
-    def chat(self, turns: Sequence[Segment]) -> str:
+    def chat(self, turns: Sequence[Segment], hear: Hear = lambda text: None) -> str:
         """The tuned model's next turn; the last segment is the empty answer.
+
+        Args:
+            hear: hears the answer piece by piece, while it is made.
 
         Raises:
             InputError: a turn is no UTF-8, or the chat format refuses the turns.
         """
-        return self._answer(self._asked(turns), tuned=True)
+        return self._answer(self._asked(turns), tuned=True, hear=hear)
 
     def _asked(self, segments: Sequence[Segment]) -> list[Encoded]:
         """A person's own turns as ids. Bytes that are no UTF-8 come from a terminal as lone surrogates."""
@@ -156,11 +194,18 @@ class Responder:
         )
 
     @torch.no_grad()
-    def _answer(self, encoded: Sequence[Encoded], tuned: bool) -> str:
+    def _answer(self, encoded: Sequence[Encoded], tuned: bool, hear: Hear = lambda text: None) -> str:
         # plain text has no prompt: without a bos it starts behind the end of another text
         ids = torch.tensor([prompt_ids(encoded) or [self.tokenizer.eos]], device=self.device)
+        room = self.positions - ids.shape[1]
+        if room < 1:
+            raise InputError(
+                f"the question has {ids.shape[1]} tokens, the model answers within {self.positions}. Ask in fewer words"
+            )
         how = _sampling(self.config.generation) | {
-            "eos_token_id": stop_ids(encoded, self.tokenizer.eos),
+            "max_new_tokens": min(self.config.generation.max_new_tokens, room),
+            "eos_token_id": stop_ids(encoded, self.tokenizer, self.encoder.chat),
+            "streamer": Speech(self.tokenizer, hear),
             "pad_token_id": self.tokenizer.eos,  # one sequence has no padding; transformers asks for it all the same
         }
         torch.manual_seed(self.config.train.seed)
@@ -169,7 +214,11 @@ class Responder:
         else:
             with self.model.disable_adapter():
                 out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
-        return self.tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special=True).strip()
+        return self.tokenizer.said(out[0, ids.shape[1] :].tolist())
+
+
+def _positions(architecture: Any) -> int:
+    return getattr(architecture, "max_position_embeddings", None) or sys.maxsize
 
 
 def _differing(run: RunFolder, keys: tuple[str, ...]) -> list[Change]:

@@ -69,7 +69,7 @@ def meet(world: World, limit_s: float) -> Any:
     except (OSError, RuntimeError) as fault:
         said = str(fault).splitlines()[0]
         cure = "Use another port" if holds else f"Is {address} up, and can this host connect to it?"
-        what = "cannot be listened on" if holds else f"could not be reached within {limit_s:g} s"
+        what = "cannot be listened on" if holds else f"could not be reached within {limit_s:.0f} s"
         raise JobError(f"the first rank's {address}:{port} {what} ({said}). {cure}") from fault
 
 

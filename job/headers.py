@@ -1,85 +1,48 @@
-"""What a safetensors checkpoint holds, from its headers alone: names, types, shapes and where the bytes lie.
+"""What a checkpoint holds, from its headers alone: names, types, shapes and where the bytes lie.
 
-Format: 8 bytes little-endian length, a JSON header, then the tensors (https://huggingface.co/docs/safetensors).
+safetensors: 8 bytes little-endian length, a JSON header, then the tensors (https://huggingface.co/docs/safetensors).
 """
 
 import json
-import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from job.errors import ModelError
-from job.store import reason
+from job.pickled import pickled_files, pickled_header
+from job.telling import telling
+from job.tensors import ITEM_SIZE, LFS_POINTER, Files, Tensor, indexed_files
 
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 INDEX = "model.safetensors.index.json"
 FIRST_READ = 1 << 16
 """Bytes of the first ranged read: most headers fit, so most files cost one request."""
+CONVERTED = (
+    "Training converts pytorch_model.bin, its parts or one GGUF file; other weights, and what only headers are read "
+    "of, have to be saved as safetensors"
+)
 
 
-class Files(Protocol):
-    """A folder of a checkpoint, as much of `job.store.Store` as headers need."""
+def read_headers(store: Files, places: bool = True) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder by name, from the headers of its files.
 
-    url: str
-
-    def names(self) -> list[str]:
-        """Names of the files directly inside, sorted."""
-
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """The file's bytes [start, stop); fewer when the file ends before."""
-
-    def size(self, name: str) -> int:
-        """The file's length, bytes."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a checkpoint: `start` is its first byte in `file`, `dtype` safetensors' name of its type."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def item_size(self) -> int:
-        """Bytes an element."""
-        return ITEM_SIZE[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return self.numel * self.item_size
-
-
-def read_headers(store: Files) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder by name, from the headers of its safetensors files.
+    Args:
+        places: whether bytes will be read; without, `start` is 0 in pickled files, which tell it by more reads.
 
     Raises:
-        ModelError: there are no weights, a file of the index is missing, damaged or shorter than it says, or the
-            storage does not give it out.
+        ModelError: there are no weights, a file of the index is missing, damaged, shorter than it says or has to be
+            converted first, or the storage does not give it out.
     """
     tensors: dict[str, Tensor] = {}
-    try:
-        for file in _files(store):
-            tensors |= _read_header(store, file)
-    except ModelError:
-        raise
-    except Exception as fault:  # every driver has its own errors
-        raise ModelError(f"{store.url}: the weights cannot be read: {reason(fault)}") from fault
+    with telling(ModelError, f"{store.url}: the weights cannot be read", cure=""):
+        there = store.names()
+        pickled = pickled_files(store, there)
+        for file in pickled or _files(store, there):
+            found = pickled_header(store, file, places) if pickled else _read_header(store, file)
+            if found is None:
+                raise ModelError(f"{store.url}/{file} cannot be read in place. {CONVERTED}")
+            tensors |= found
     return tensors
 
 
-def _files(store: Files) -> list[str]:
-    there = store.names()
+def _files(store: Files, there: list[str]) -> list[str]:
     if INDEX in there:
         return indexed_files(store, INDEX, there)
     found = [name for name in there if name.endswith(".safetensors")]
@@ -90,43 +53,16 @@ def _files(store: Files) -> list[str]:
     return found
 
 
-def indexed_files(store: Files, index: str, there: Sequence[str]) -> list[str]:
-    """The files that an index names, each once, sorted.
-
-    Args:
-        index: name of the index, a JSON file whose `weight_map` says which tensor is in which file.
-        there: the names in the folder.
-
-    Raises:
-        ModelError: the index is damaged, or a file that it names is missing.
-    """
-    try:
-        wanted = sorted(set(json.loads(store.read(index))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise ModelError(f"{store.url}/{index} is damaged ({fault!r}). Copy the file again") from fault
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        raise ModelError(
-            f"{store.url}: {index} names {len(wanted)} files, {len(missing)} are missing ({named}). "
-            "Copy the checkpoint again"
-        )
-    return wanted
-
-
 def _what_is_there(names: list[str]) -> str:
     if any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in names):
-        return (
-            "Training converts pytorch_model.bin, its parts or one GGUF file; other weights, and what only headers "
-            "are read of, have to be saved as safetensors"
-        )
+        return CONVERTED
     return f"The folder holds {', '.join(names[:8])}" if names else "There is no such folder, or it is empty"
 
 
 def _read_header(store: Files, file: str) -> dict[str, Tensor]:
     try:
         head = store.read(file, 0, FIRST_READ)
-        if head.startswith(b"version https://git-lfs"):
+        if head.startswith(LFS_POINTER):
             raise ValueError("it is a git-lfs pointer, so run git lfs pull")
         (length,) = struct.unpack("<Q", head[:8])
         if length > 100_000_000:

@@ -17,9 +17,10 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from job.config.learning import Model
 from job.errors import ModelError
-from job.headers import Files, Tensor, read_headers
+from job.headers import read_headers
 from job.reading import LONGEST_PAUSE_S, answer, pause, retry_after_s
 from job.store import Store, reason
+from job.tensors import Files, Tensor
 
 PAUSES_S = (2.0, 8.0, 30.0, 60.0, 120.0)
 """Seconds between the tries of a request when the hub does not say how long to wait; its limits count 5 minutes."""
@@ -179,10 +180,10 @@ def _refusal(model: Model, fault: Exception) -> ModelError:
     elif status in (401, 404):
         said = "no such folder, and the hub has no such model for this account. Check the path, or the id and HF_TOKEN"
     else:
-        why = "HF_HUB_OFFLINE is set" if offline() else reason(_cause(fault))
+        why = "HF_HUB_OFFLINE is set" if offline() else f"{constants.ENDPOINT}: {reason(_cause(fault))}"
         return ModelError(
-            f"model.name: {model.name} is no folder here and cannot be had from the hub ({why}). "
-            "Check the path, or the id and HF_TOKEN"
+            f"model.name: {model.name} is no folder here and cannot be had from the hub ({why}). Check the path, or "
+            "the id and HF_TOKEN; without a way to the hub, name a folder or bucket, or a mirror in HF_ENDPOINT"
         )
     return ModelError(f"model.name: {model.name}: {said}")
 

@@ -13,7 +13,8 @@ from uuid import uuid4
 
 from job.errors import JobError, OutputError
 from job.holder import Holder
-from job.store import Store, reason
+from job.store import Store
+from job.telling import telling
 
 FOLDER, STOP_KEY = "lease", "stop"
 TTL_S = 60.0
@@ -179,14 +180,11 @@ def prove_conditional_puts(store: Store) -> None:
     """
     name = f"{FOLDER}/{uuid4().hex}.probe"
     first, second = (uuid4().hex.encode() for _ in range(2))
+    what = f"output.url: {store.url}: a file that must be new cannot be made"
     try:
-        answers = store.create(name, first), store.create(name, second)
-        kept = store.read(name) == first
-    except Exception as fault:  # every driver has its own errors
-        raise OutputError(
-            f"output.url: {store.url}: a file that must be new cannot be made: {reason(fault)}. Check that the folder "
-            f"can be written; if it can, {WITHOUT}"
-        ) from fault
+        with telling(OutputError, what, f"Check that the folder can be written; if it can, {WITHOUT}"):
+            answers = store.create(name, first), store.create(name, second)
+            kept = store.read(name) == first
     finally:
         with suppress(Exception):
             store.remove(name, missing_ok=True)

@@ -1,10 +1,15 @@
 """The frozen 4-bit linear: bitsandbytes' product, without its hold on weights that ZeRO-3 gathered."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
 import torch
+
+_RELEASED = "NOT_AVAILABLE"
+"""DeepSpeed's name of the state."""
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
@@ -39,18 +44,47 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)  # the leaf itself: what DeepSpeed does to its data, this sees
         ctx.state = state
-        product: torch.Tensor = bnb.matmul_4bit(x.detach(), weight.detach(), bias=bias, quant_state=state)
-        return product
+        return product(x, weight, bias, state)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
         (weight,) = ctx.saved_tensors
-        gathered = getattr(weight, "ds_status", None)
-        missing = gathered is not None and gathered.name == "NOT_AVAILABLE"
-        if missing:  # layers that are no ZeRO-3 leaf modules and not recomputed
-            weight.all_gather()
-        values = F.dequantize_4bit(weight.detach().view(-1, 1), ctx.state).to(grads[0].dtype)
-        if missing:
-            weight.partition()
+        with values(weight, ctx.state, grads[0].dtype) as matrix:
+            gradient = torch.matmul(grads[0], matrix)
         bias = grads[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return torch.matmul(grads[0], values), None, bias, None
+        return gradient, None, bias, None
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: F.QuantState | None
+) -> torch.Tensor:
+    """x [..., in] times a frozen weight [out, in], without a graph.
+
+    Args:
+        state: how the weight is quantized, in bitsandbytes' 4 bits; None for one that is not.
+    """
+    if state is None:
+        return torch.nn.functional.linear(x.detach(), weight.detach(), bias)
+    result: torch.Tensor = bnb.matmul_4bit(x.detach(), weight.detach(), bias=bias, quant_state=state)
+    return result
+
+
+@contextmanager
+def values(weight: torch.Tensor, state: F.QuantState | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The frozen weight's values [out, in] in a backward pass, dequantized."""
+    with gathered(weight):
+        yield (weight.detach() if state is None else F.dequantize_4bit(weight.detach().view(-1, 1), state)).to(dtype)
+
+
+@contextmanager
+def gathered(*weights: torch.Tensor) -> Iterator[None]:
+    """For the while, weights whole that ZeRO-3 has released, as it has in a backward pass those of layers that are no
+    leaf modules of its and not recomputed."""
+    missing: list[Any] = [one for one in weights if getattr(getattr(one, "ds_status", None), "name", "") == _RELEASED]
+    for weight in missing:
+        weight.all_gather()
+    try:
+        yield
+    finally:
+        for weight in missing:
+            weight.partition()

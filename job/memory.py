@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from job.activations import Job, kept_bytes, layer_bytes, working_bytes
+from job.activations import CHUNK, Job, kept_bytes, layer_bytes, working_bytes
+from job.families import adapted, fused
 from job.shape import Linear, Shape
 from job.zero import STAGE, swap_buffers
 
@@ -110,12 +111,10 @@ def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]
     kept = Item("activations kept", kept_bytes(shape, job) / GIB)
     layer = Item("one layer again", layer_bytes(shape, job) / GIB * (job.recompute == "full"))
     seen = job.evaluation_micro_batch * job.length
-    logits = job.learnt_share * shape.vocabulary / GIB
     # fp32 gradients, and torch's root of the second moment, of this rank's part
     step = 0.0 if _on_host(job) else (8 if job.optimizer == "adamw" else 4) * trained / job.ranks
     return {
-        # log-probabilities, their gradient and that of the logits, all fp32
-        "taking the loss": (kept, Item("logits and gradients", 12 * job.tokens * logits)),
+        "taking the loss": (kept, Item("logits and gradients", _loss_bytes(shape, job, job.tokens, True) / GIB)),
         "in the backward pass": (
             kept,
             layer,
@@ -123,12 +122,22 @@ def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]
             *([] if _shards(job) else [_buckets(job)]),
         ),
         "in the optimizer's step": (Item("fp32 gradients", step / GIB),),
-        # logits as they come, in fp32, and log-probabilities
         "in the evaluation": (
-            Item("logits", (job.item + 8) * seen * logits),
+            Item("logits", _loss_bytes(shape, job, seen, False) / GIB),
             Item("a layer's tensors", working_bytes(shape, job, seen) / GIB),
         ),
     }
+
+
+def _loss_bytes(shape: Shape, job: Job, tokens: int, learns: bool) -> float:
+    """Logits with what is made of them. Whole: log-probabilities, their gradient and that of the logits, all in fp32;
+    in the evaluation logits as they come, in fp32, and log-probabilities. In chunks: one of them in fp32 with its
+    exponentials, and the gradient of the hidden states."""
+    learnt = tokens * job.learnt_share
+    if not job.fused or shape.changes_logits or job.precision == "fp16":
+        return (12 if learns else job.item + 8) * learnt * shape.vocabulary
+    rows = min(learnt, max(CHUNK // shape.vocabulary, 1))
+    return 8 * rows * shape.vocabulary + learns * learnt * job.item * shape.hidden
 
 
 def _base(shape: Shape, job: Job) -> list[Item]:
@@ -172,15 +181,26 @@ def _scale_bytes(shape: Shape, job: Job) -> float:
     return shape.quantized * (NESTED_BITS if job.double_quant else BLOCK_BITS) / 8
 
 
-def trained_elements(shape: Shape, rank: int, targets: str | Sequence[str], dora: bool) -> int:
-    """Elements of an adapter; targets that are a text are all linears."""
-    names = None if isinstance(targets, str) else tuple(targets)
-    return sum(_adapter(shape, Job(rank=rank, targets=names, dora=dora)))
+def trained_elements(
+    shape: Shape, rank: int, targets: str | Sequence[str], dora: bool = False, share_a: bool = False
+) -> int:
+    """Elements of an adapter; targets that are a text are the family's."""
+    names = adapted(targets, shape.model_type)
+    return sum(_adapter(shape, Job(rank=rank, targets=names, dora=dora, share_a=share_a)))
 
 
 def _adapter(shape: Shape, job: Job) -> list[int]:
     """Elements of each trained tensor."""
-    return [numel for linear in shape.linears if job.adapts(linear) for numel in _pair(linear, job) * linear.count]
+    there = [linear for linear in shape.linears if job.adapts(linear)]
+    later = _with_another_s_a(shape, job)
+    pairs = [(_pair(linear, job)[linear.name in later :], linear.count) for linear in there]
+    return [numel for pair, count in pairs for numel in pair * count]
+
+
+def _with_another_s_a(shape: Shape, job: Job) -> set[str]:
+    """Adapted linears whose A is that of the first adapted part of the same fused linear."""
+    groups = fused(shape.model_type) if job.share_a else ()
+    return {part for parts in groups for part in [part for part in parts if not job.targets or part in job.targets][1:]}
 
 
 def _pair(linear: Linear, job: Job) -> list[int]:

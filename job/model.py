@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -13,70 +14,67 @@ import peft
 import torch
 import transformers
 from torch import nn
-from transformers.integrations import replace_with_bnb_linear
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.conversion_mapping import get_model_conversion_mapping
 
-from job.config import RunConfig
-from job.config.learning import Lora, Quantization
+from job.architecture import explained, refuse_encoder, refuse_impossible
+from job.config.learning import Lora, Model, Quantization
 from job.dropout import Places, RowDropout
 from job.errors import ConfigError, ModelError
-from job.headers import Tensor
-from job.linear import FrozenLinear4bit
-from job.weights import TORCH_DTYPE, Piece, Share
+from job.experts import Experts, fused_experts, separate
+from job.families import adapted, family_of, fused, unread_experts
+from job.families.names import authors_names
+from job.quantize import quantize
+from job.weights import Piece
 
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-IGNORED_TENSORS = ("rotary_emb.inv_freq",)
-"""Tensors of old checkpoints that newer code computes itself."""
 
 
-def build(config: Any, run: RunConfig, precision: str, compute_dtype: str) -> Any:
+def build(
+    config: Any, model: Model, quantization: Quantization, precision: str, compute_dtype: str, untied: bool = False
+) -> Any:
     """The module on the meta device, its linears replaced by quantized ones, everything frozen.
 
+    Args:
+        config: its transformers configuration.
+        untied: give the output layer weights of its own from now on, whatever the configuration says.
+
     Raises:
-        ModelError: transformers has no such architecture, or cannot use the attention asked for, or its experts are
-            fused and would not be quantized.
+        ModelError: a setting makes no model; transformers has no such architecture, or it is an encoder, or cannot use
+            the attention asked for; its experts are in other tensors than the files'; or much would not be quantized.
     """
-    attention = None if run.model.attention == "auto" else run.model.attention  # None: sdpa where there is one
+    refuse_impossible(config, model.name)
+    if untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    attention = None if model.attention == "auto" else model.attention  # None: sdpa where there is one
     try:
         with torch.device("meta"):
-            model: Any = transformers.AutoModelForCausalLM.from_config(
+            module: Any = transformers.AutoModelForCausalLM.from_config(
                 config,
                 dtype=DTYPE[precision],
                 attn_implementation=attention,
-                trust_remote_code=run.model.trust_remote_code,
+                trust_remote_code=model.trust_remote_code,
             )
     except Exception as fault:  # a damaged config.json fails wherever it is first used
-        raise ModelError(f"model.name: {run.model.name}: {' '.join(str(fault).split())[:300]}") from fault
-    if run.quantization.type != "none":
-        keep = get_keys_to_not_convert(model)
-        replace_with_bnb_linear(model, keep, quantization_config=_bnb_config(run.quantization, compute_dtype))
-        for module in model.modules():
-            if type(module) is bnb.nn.Linear4bit:
-                module.__class__ = FrozenLinear4bit
-        _refuse_fused_experts(model, run.model.name)
-    model.requires_grad_(False)
-    _no_base_dropout(model)
-    return model
+        raise ModelError(f"model.name: {model.name}: {explained(config, fault)}") from fault
+    refuse_encoder(module, model.name)
+    if (family := family_of({"model_type": config.model_type})) and family.experts:
+        separate(module)
+    else:
+        _refuse_unread_experts(module, model.name)
+    if quantization.type != "none":
+        quantize(module, model.name, quantization, DTYPE[compute_dtype])
+    module.requires_grad_(False)
+    _no_base_dropout(module)
+    return module
 
 
-def _refuse_fused_experts(model: nn.Module, name: str) -> None:
-    fused = next((key for key, value in model.named_parameters() if value.dim() == 3 and "expert" in key), None)
-    if fused:
-        raise ModelError(
-            f"model.name: {name}: {fused} holds all experts in one tensor, which bitsandbytes does not quantize: most "
-            "of the model would stay in 16 bits. Use a dense model, or quantization.type: none"
-        )
-
-
-def _bnb_config(quantization: Quantization, compute_dtype: str) -> transformers.BitsAndBytesConfig:
-    if quantization.type == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=DTYPE[compute_dtype],
-    )
+def _refuse_unread_experts(model: Any, name: str) -> None:
+    """Where transformers makes its fused experts of other tensors while it loads."""
+    made = get_model_conversion_mapping(model, add_legacy=False)
+    targets = [target.replace("\\", "") for each in made for target in each.target_patterns]
+    fused = {re.sub(r"^.*(?=experts\.)", "", name) for name in fused_experts(model)}
+    if any(name in target for target in targets for name in fused):
+        raise ModelError(f"model.name: {name}: {unread_experts(model.config.model_type)}")
 
 
 def _no_base_dropout(model: nn.Module) -> None:
@@ -84,48 +82,9 @@ def _no_base_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):  # attn_pdrop, residual_dropout, layerdrop, ...
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def shares(model: nn.Module, headers: dict[str, Tensor], name: str, storage_bytes: int = 1) -> list[Share]:
-    """Each parameter whole, tied ones once, in the order in which they lie in the files.
-
-    Args:
-        storage_bytes: bytes of the elements that hold packed 4-bit weights.
-
-    Raises:
-        ModelError: the checkpoint lacks a parameter, or one has another shape, or tensors are left over.
-    """
-    wanted, faults = [], []
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    used = set()
-    for parameter, value in model.named_parameters(remove_duplicate=False):
-        tensor = headers.get(parameter)
-        if tensor is None and parameter in tied:
-            continue
-        module = model.get_submodule(parameter.rpartition(".")[0])
-        quantize = isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and parameter.endswith(".weight")
-        shape = (module.out_features, module.in_features) if quantize else tuple(value.shape)
-        if tensor is None or tensor.shape != shape or tensor.dtype not in TORCH_DTYPE:
-            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)} of {tensor.dtype}"
-            faults.append(f"{parameter} {found}, expected {list(shape)} of 16- or 32-bit floats")
-            continue
-        used.add(parameter)
-        if parameter not in tied:
-            unit = 1
-            if quantize:  # a row of int8 has its scale
-                unit = 2 * storage_bytes if isinstance(module, bnb.nn.Linear4bit) else value.shape[-1]
-            wanted.append(Share(parameter, tensor, 0, tensor.numel, quantize, unit))
-    left = [key for key in headers if key not in used and not key.endswith(IGNORED_TENSORS)]
-    faults += [f"{key} is in the checkpoint but not in the model" for key in left]
-    if faults:
-        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ModelError(
-            f"model.name: the weights of {name} do not fit its config.json\n  " + "\n  ".join(faults[:5]) + more
-        )
-    return sorted(wanted, key=lambda share: (share.tensor.file, share.tensor.start))
 
 
 Hold = Callable[[Any, Piece], None]
@@ -137,6 +96,7 @@ def place(model: Any, pieces: Iterable[Piece], device: str, hold: Hold | None = 
     Args:
         hold: makes a partition of a parameter that got only this rank's piece; None when the pieces are whole.
     """
+    _fill_buffers(model, device)
     for piece in pieces:
         path, _, leaf = piece.share.name.rpartition(".")
         module = model.get_submodule(path)
@@ -150,15 +110,20 @@ def place(model: Any, pieces: Iterable[Piece], device: str, hold: Hold | None = 
             # gradient (bitsandbytes 0.50)
             module.support_avx512bf16_for_cpu = False
     model.tie_weights()
+    meta = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
+    if meta:
+        raise ModelError(f"{meta[0]} got no value from the checkpoint. This architecture cannot be streamed yet")
+
+
+def _fill_buffers(model: Any, device: str) -> None:
+    """Buffers that no checkpoint holds. Before any parameter: what computes a module's buffers draws its parameters at
+    random too (the embeddings of Gemma, which have a scale), and those on meta are only named."""
     for module in model.modules():
         own = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         if own:
             for name, buffer in own.items():
                 module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
             model._init_weights(module)
-    meta = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
-    if meta:
-        raise ModelError(f"{meta[0]} got no value from the checkpoint. This architecture cannot be streamed yet")
 
 
 def _parameter(module: nn.Module, piece: Piece) -> Any:
@@ -197,11 +162,21 @@ def refuse_leaking_packs(logits: Callable[[torch.Tensor, torch.Tensor], torch.Te
 
 
 def linear_names(model: Any) -> list[str]:
-    """Last names of the linears that can get an adapter: all but the output layer."""
+    """Last names of the linears that can get an adapter: all but the output layer, and experts, on which plain peft
+    would not find it again (it knows them fused); nor others of their names, for an adapter goes by last names."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = (nn.Linear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, transformers.pytorch_utils.Conv1D)
-    names = [name for name, module in model.named_modules() if isinstance(module, linears) and module is not head]
-    return sorted({name.rpartition(".")[2] for name in names})
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, linears)]
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    theirs = {name.rpartition(".")[2] for module in experts for name, _ in module.named_modules()}
+    return sorted(
+        {last for name, module in named if module is not head and (last := name.rpartition(".")[2]) not in theirs}
+    )
+
+
+def is_transposed(model: Any, linear: str) -> bool:
+    """Whether the linear's weight is [in, out], as transformers' Conv1D has it."""
+    return isinstance(model.get_submodule(linear), transformers.pytorch_utils.Conv1D)
 
 
 def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
@@ -211,21 +186,29 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
         ConfigError: the model has no linear of that name; lists those it has.
     """
     there = linear_names(model)
-    if isinstance(targets, str):
+    wanted = adapted(targets, model.config.model_type)
+    if wanted is None:
         return there
-    missing = [name for name in targets if name not in there]
+    if isinstance(targets, str):
+        return [name for name in wanted if name in there]
+    missing = [name for name in wanted if name not in there]
     if missing:
+        authors = [f"{name} ({', '.join(parts)})" for name, parts in authors_names(model.config.model_type).items()]
+        also = f"; by its authors' names {', '.join(authors)}" if authors else ""
         raise ConfigError(
             "the settings for this model",
-            [f"lora.targets: {', '.join(missing)}: no such linear in this model. It has {', '.join(there)}"],
+            [f"lora.targets: {', '.join(missing)}: no such linear in this model. It has {', '.join(there)}{also}"],
         )
-    return list(targets)
+    return list(wanted)
 
 
 def add_adapter(model: Any, lora: Lora, seed: int, base_name: str, dtype: torch.dtype) -> tuple[Any, Places]:
     """Put LoRA beside the target linears; returns the peft model and the places its dropout reads.
 
     The initial values depend on `seed` and each parameter's name alone, not on device, ranks or order.
+
+    Raises:
+        ConfigError: lora.targets or lora.share_a do not go with this model.
     """
     config = peft.LoraConfig(
         r=lora.rank,
@@ -238,18 +221,34 @@ def add_adapter(model: Any, lora: Lora, seed: int, base_name: str, dtype: torch.
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
     )
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    adapted.peft_config["default"].base_model_name_or_path = base_name  # peft put the folder it was built from
+    tuned = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    if lora.share_a:
+        _share_a(tuned, model.config.model_type)
+    tuned.peft_config["default"].base_model_name_or_path = base_name  # peft put the folder it was built from
     places = Places(seed)
-    for name, module in adapted.named_modules():
+    for name, module in tuned.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and lora.dropout:
             module.lora_dropout["default"] = RowDropout(lora.dropout, name, places)
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
             if ".lora_A." in name:
                 parameter.data.copy_(_kaiming(parameter.shape, f"{seed}:{name}"))
-    return adapted, places
+    return tuned, places
+
+
+def _share_a(tuned: Any, model_type: str) -> None:
+    """Give the parts of what the model's authors fused one A, as an adapter of a fused linear has."""
+    groups = fused(model_type)
+    if not groups:
+        reason = f"the authors of {model_type} fused no linears that are parted here. Set it to false"
+        raise ConfigError("the settings for this model", [f"lora.share_a: {reason}"])
+    for parent in tuned.modules():
+        for parts in groups:
+            there = [getattr(parent, part, None) for part in parts]
+            layers = [layer for layer in there if isinstance(layer, peft.tuners.lora.LoraLayer)]
+            for layer in layers[1:]:
+                layer.lora_A["default"] = layers[0].lora_A["default"]
 
 
 def _kaiming(shape: torch.Size, key: str) -> torch.Tensor:

@@ -66,7 +66,8 @@ class Outlook:
                 f"steps     about {plan.steps}, {plan.warmup_steps} of them warm-up: {config.train.epochs:g} epochs of "
                 f"{self.rows:,} rows, about {self.tokens:,} tokens"
             )
-        yield f"precision {plan.precision}, products in {plan.compute_dtype}, {config.train.optimizer}"
+        how = f"{config.train.optimizer}, recompute {plan.recompute}"
+        yield f"precision {plan.precision}, products in {plan.compute_dtype}, {how}"
         if plan.memory:
             yield "memory    estimated"
             yield from (f"          {line}" for line in plan.memory.lines())
@@ -88,6 +89,7 @@ class Outlook:
             "strategy": plan.zero.strategy,
             "reason": plan.reason,
             "precision": plan.precision,
+            "recompute": plan.recompute,
             "global_batch_size": plan.global_batch_size,
             "micro_batch_size": plan.micro_batch_size,
             "accumulation": plan.accumulation,
@@ -103,7 +105,8 @@ class Outlook:
     @property
     def trained(self) -> int:
         """Elements of the adapter."""
-        return trained_elements(self.shape, self.config.lora.rank, self.config.lora.targets, self.config.lora.dora)
+        lora = self.config.lora
+        return trained_elements(self.shape, lora.rank, lora.targets, lora.dora, lora.share_a)
 
     def _where(self) -> str:
         world, hardware = self.world, self.hardware

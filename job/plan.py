@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 from job.activations import Job
 from job.config import RunConfig
 from job.errors import ConfigError
-from job.fit import choose, fits
+from job.families import adapted, family_of, unread_experts
+from job.fit import choose, fits, keeps_activations
 from job.memory import Memory, memory
 from job.own_deepspeed import adopt, contradictions, merged, read_own
 from job.shape import Shape
@@ -42,6 +43,7 @@ class Plan:
     schedule: Literal["linear", "cosine", "constant"]
     warmup: float
     max_grad_norm: float
+    recompute: Literal["none", "full"]
     memory: Memory | None = None
     reason: str = ""
     steps: int = 0
@@ -101,20 +103,10 @@ def make_plan(
     train = config.train
     precision, said = _precision(config, hardware, model_type, faults)
     notes += said
-    one_round = train.micro_batch_size * world.world_size
-    if train.global_batch_size % one_round:
-        below = max(train.global_batch_size - train.global_batch_size % one_round, one_round)
-        faults.append(
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of {one_round} "
-            f"({train.micro_batch_size} per rank x {world.world_size} ranks). Try {below} or {below + one_round}"
-        )
+    faults += _batch_faults(config, world)
     if train.optimizer == "paged_adamw_8bit" and hardware.device == "cpu":
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
-    if shape and shape.experts_per_token > 1 and config.quantization.type != "none":
-        faults.append(
-            f"quantization.type: {config.quantization.type} does not reach the experts of {model_type}, which are "
-            "fused and would stay in 16 bits. Use a dense model, or none"
-        )
+    faults += _expert_faults(config, model_type, shape)
     faults += _attention_faults(config, hardware)
     # DeepSpeed swaps to files through buffers of the computing type alone
     storage: Storage = precision if config.parallel.offload_parameters == "nvme" else "uint8"
@@ -132,11 +124,12 @@ def make_plan(
         device=hardware.device,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        accumulation=max(train.global_batch_size // one_round, 1),
+        accumulation=max(train.global_batch_size // _one_round(config, world), 1),
         peak_rate=train.learning_rate,
         schedule=train.schedule,
         warmup=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
+        recompute=need.recompute(strategy),
         memory=need.memory(strategy),
         reason=reason,
         notes=tuple(notes),
@@ -169,14 +162,16 @@ class _Need:
             double_quant=config.quantization.double_quant,
             precision=self.precision,
             rank=config.lora.rank,
-            targets=None if isinstance(config.lora.targets, str) else tuple(config.lora.targets),
+            targets=adapted(config.lora.targets, self.shape.model_type) if self.shape else None,
             dropout=config.lora.dropout,
+            share_a=config.lora.share_a,
             dora=config.lora.dora,
             micro_batch=config.train.micro_batch_size,
             length=config.data.max_length,
             masked=config.data.packing or config.train.micro_batch_size > 1,
             eager=config.model.attention == "eager",
-            recompute=config.train.recompute,
+            fused=config.train.fused,
+            recompute="none" if config.train.recompute == "none" else "full",
             optimizer=config.train.optimizer,
             offload_optimizer=zero.offload_optimizer,
             offload_parameters=zero.offload_parameters,
@@ -190,9 +185,18 @@ class _Need:
             device=self.hardware.device,
         )
 
+    def recompute(self, strategy: Strategy) -> Literal["none", "full"]:
+        """What train.recompute comes to under a strategy."""
+        job = replace(self.job, strategy=strategy)
+        if self.config.train.recompute != "auto" or self.shape is None or self.hardware.device == "cpu":
+            return job.recompute
+        return "none" if keeps_activations(self.shape, job, self.hardware.memory_gib) else "full"
+
     def memory(self, strategy: Strategy) -> Memory | None:
         """The memory of a rank under a strategy."""
-        return memory(self.shape, replace(self.job, strategy=strategy)) if self.shape else None
+        if self.shape is None:
+            return None
+        return memory(self.shape, replace(self.job, strategy=strategy, recompute=self.recompute(strategy)))
 
     def strategy(self, faults: list[str]) -> tuple[Strategy, str]:
         """The strategy asked for, or for auto the simplest that fits, and why."""
@@ -202,12 +206,43 @@ class _Need:
             return (simplest, "") if wanted == "auto" else (wanted, "as set")
         if wanted == "auto":
             choice = choose(self.shape, self.job, available)
+            if choice.strategy and self.recompute(choice.strategy) != self.job.recompute:
+                choice = choose(self.shape, replace(self.job, recompute="none"), available)
             if choice.strategy is None and choice.memory.total_gib > available:
                 faults.append(f"parallel.strategy: {choice.reason}")
             return choice.strategy or ("zero3" if self.world.world_size > 1 else simplest), choice.reason
-        need = memory(self.shape, replace(self.job, strategy=wanted))
+        need = memory(self.shape, replace(self.job, strategy=wanted, recompute=self.recompute(wanted)))
         tight = "" if fits(need, available) else ", which will hardly do"
         return wanted, f"as set: {need.total_gib:.1f} GiB of {available:.1f} GiB a GPU{tight}"
+
+
+def _one_round(config: RunConfig, world: World) -> int:
+    """Rows that all ranks take at once."""
+    return config.train.micro_batch_size * world.world_size
+
+
+def _batch_faults(config: RunConfig, world: World) -> list[str]:
+    train, one_round = config.train, _one_round(config, world)
+    if not train.global_batch_size % one_round:
+        return []
+    below = max(train.global_batch_size - train.global_batch_size % one_round, one_round)
+    return [
+        f"train.global_batch_size: {train.global_batch_size} is not a multiple of {one_round} "
+        f"({train.micro_batch_size} per rank x {world.world_size} ranks). Try {below} or {below + one_round}"
+    ]
+
+
+def _expert_faults(config: RunConfig, model_type: str, shape: Shape | None) -> list[str]:
+    family = family_of({"model_type": model_type})
+    reached = family is not None and family.experts
+    if shape is None or shape.experts_per_token <= 1 or config.quantization.type == "none" or reached:
+        return []
+    if any("*" in linear.path for linear in shape.linears):  # apart in the files
+        return [f"model.name: {unread_experts(model_type)}"]
+    return [
+        f"quantization.type: {config.quantization.type} does not reach the experts of {model_type}, which are "
+        "fused and would stay in 16 bits. Use a dense model, or none"
+    ]
 
 
 def _attention_faults(config: RunConfig, hardware: Hardware) -> list[str]:

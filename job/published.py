@@ -4,31 +4,35 @@ Nothing is downloaded but these, and no library that computes is loaded.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from job.config.learning import Model
 from job.config.running import Storage
 from job.errors import ModelError
-from job.headers import Files, Tensor, read_headers
+from job.families.native import native_config, native_tensors
+from job.headers import read_headers
 from job.hub import aside, published_files
 from job.shape import Shape, read_shape
-from job.store import Store, is_url, reason
+from job.store import Store, is_url
+from job.telling import telling
+from job.tensors import Files, Tensor
 
 
 def published(
     model: Model, storage: Storage, say: Callable[[str], None] = aside
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The parsed config.json and all tensors by name, of a folder, URL or hub id.
+    """The parsed config.json and all tensors by name, of a folder, URL or hub id; by the names that transformers has
+    for them, where a family's authors had others.
 
     Args:
         say: hears of each pause that a busy hub asks for.
 
     Raises:
-        ModelError: no such folder, hub id or bucket; no config.json, or a damaged one; or as
-            `job.headers.read_headers`.
+        ModelError: no such folder, hub id or bucket; no config.json, a damaged one, or one that the family's native
+            class cannot represent; or as `job.headers.read_headers`.
     """
     files: Files
     if is_url(model.name):
@@ -38,9 +42,10 @@ def published(
     else:
         files = Store(model.name) if Path(model.name).is_dir() else published_files(model, say)
         text = _config_text(files, model)
-    config = parse_config_json(text, model)
-    refuse_quantized(model, config.get("quantization_config"))
-    return config, read_headers(files)
+    written = parse_config_json(text, model)
+    refuse_quantized(model, written.get("quantization_config"))
+    config = native_config(written)
+    return config, native_tensors(read_headers(files, places=False), written)
 
 
 def shape_of(
@@ -55,15 +60,9 @@ def shape_of(
         return None, (f"the memory it takes is not known ({fault})",)
 
 
-@contextmanager
-def reaching(model: Model) -> Iterator[None]:
-    """Say what a storage driver raises in our words."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as fault:  # every driver has its own errors
-        raise ModelError(f"model.name: {model.name}: {reason(fault)}. Check the URL and storage.endpoint") from fault
+def reaching(model: Model) -> AbstractContextManager[None]:
+    """Says what a storage driver raises in our words."""
+    return telling(ModelError, f"model.name: {model.name}")
 
 
 def at_url(model: Model, storage: Storage) -> Store:
@@ -101,7 +100,10 @@ def parse_config_json(text: bytes, model: Model) -> dict[str, Any]:
 def refuse_quantized(model: Model, quantization: object) -> None:
     """Refuse a checkpoint whose configuration says how it is quantized."""
     if quantization:
-        raise ModelError(f"model.name: {model.name} is quantized already. Give the 16-bit checkpoint it was made from")
+        raise ModelError(
+            f"model.name: {model.name} has a quantization_config, so it is quantized already. Give the 16-bit "
+            "checkpoint it was made from"
+        )
 
 
 def _config_text(files: Files, model: Model) -> bytes:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from job.config import RunConfig
 from job.generate import Answers
+from job.run_folder import RunFolder
 from job.sinks import evaluations, read_metrics
 from job.store import Store
 
@@ -27,8 +28,13 @@ def summary(config: RunConfig) -> Iterator[str]:
     store = Store(config.output.url, config.storage)
     losses = evaluations(read_metrics(store))
     if losses:
-        (_, before), (step, after) = losses[0], losses[-1]
-        if config.evaluation.keep_best:
-            step, after = min(losses[1:] or losses, key=lambda evaluated: evaluated[1])
-        yield f"evaluation loss: {before:.4f} before, {after:.4f} after {step} steps"
+        (_, before), *later = losses
+        if later:
+            step, after = min(later, key=lambda evaluated: evaluated[1]) if config.evaluation.keep_best else later[-1]
+            yield f"evaluation loss: {before:.4f} before, {after:.4f} after {step} steps"
+        else:
+            yield f"evaluation loss: {before:.4f} before the first step, and not measured since"
+    status = RunFolder(config).status
+    if status and status.state != "finished":
+        yield f"the run is {status.state} after {status.step} steps: this adapter is none of a finished run"
     yield f"adapter: {store.url}/adapter"

@@ -18,7 +18,8 @@ from job.errors import InputError, JobError, OutputError
 from job.lease import FOLDER as LEASE
 from job.lease import STOP_KEY
 from job.sinks import latest_step
-from job.store import Store, reason
+from job.store import Store
+from job.telling import CHECK_BUCKET, telling
 
 STATUS, SETTINGS = "status.json", "run.yaml"
 LOST_RANK = "another rank ended"
@@ -74,15 +75,11 @@ class RunFolder:
     def __init__(self, config: RunConfig):
         self.config = config
         self.checkpoint = self.restarts = 0
-        try:
+        with telling(OutputError, f"output.url: {config.output.url}", CHECK_BUCKET):
             self.store = Store(config.output.url, config.storage)
             self.there = self.store.names(folders=True)
             bucket = None if self.there else self.store.missing_bucket()
             settings, status = (self._read(name) for name in (SETTINGS, STATUS))
-        except Exception as fault:  # every driver has its own errors
-            raise OutputError(
-                f"output.url: {config.output.url}: {reason(fault)}. Check the URL, the bucket and storage.endpoint"
-            ) from fault
         if self.store.is_local and not _writable(Path(self.store.path("."))):
             raise OutputError(f"output.url: {config.output.url} cannot be written. Use a folder that is yours")
         if bucket:
@@ -159,14 +156,10 @@ class RunFolder:
             OutputError: the URL cannot be written, or holds another run by now.
             JobError: the run was lost too often without a new checkpoint.
         """
-        try:
+        with telling(OutputError, f"output.url: {self.config.output.url} cannot be read", cure=""):
             self._understand(*(self._read(name) for name in (SETTINGS, STATUS)))
             self.there = self.store.names(folders=True)
             newest, restarts = self._newest(), 0
-        except Exception as fault:  # every driver has its own errors
-            if isinstance(fault, JobError):
-                raise
-            raise OutputError(f"output.url: {self.config.output.url} cannot be read: {reason(fault)}") from fault
         if self.old is not None:
             self.already_finished()
         if self.status and self.status.lost and newest <= self.status.checkpoint:
@@ -178,7 +171,7 @@ class RunFolder:
             why = f"lost {restarts} times {since} (checkpoint.max_restarts is {most})"
             self.write_status("failed", why, newest)
             raise JobError(f"the run was {why}. Look for the cause, then start it again")
-        try:
+        with telling(OutputError, f"output.url: {self.config.output.url} cannot be written", cure=""):
             for name in filter(_DRAFT.fullmatch, self.there):
                 self.store.remove(name, missing_ok=True)
             text = yaml.dump(without_signatures(self.config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -186,8 +179,6 @@ class RunFolder:
                 self.write_status("running", "", newest)
             self.store.write(SETTINGS, text.encode())
             self.write_status("running", "", newest)
-        except Exception as fault:  # every driver has its own errors
-            raise OutputError(f"output.url: {self.config.output.url} cannot be written: {reason(fault)}") from fault
 
     def _newest(self) -> int:
         """The step of the newest checkpoint that has a good manifest."""
@@ -219,11 +210,12 @@ class RunFolder:
                 file.truncate()
 
     def abandon(self, why: str, since: datetime) -> None:
-        """Say that the run failed, when its processes left it running; not if another one wrote that before `since`."""
+        """Say why the run failed, when its processes left it running or knew only that another one was gone; not if
+        that was written before `since`."""
         status = self.status
         if status:
             self.checkpoint, self.restarts = status.checkpoint, status.restarts
-        if status and status.state == "running" and datetime.fromisoformat(status.updated) >= since:
+        if status and status.lost and datetime.fromisoformat(status.updated) >= since:
             self.write_status("failed", why, latest_step(self.store))
 
     def _refuse_foreign_files(self) -> None:

@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.errors import ModelError
-from job.headers import Tensor
+from job.tensors import Tensor
 
 CONV1D = ("gpt2", "openai-gpt")
 """Model types whose linears are transformers' Conv1D, which stores a weight as [in, out]."""
 IGNORED = ("rotary_emb.inv_freq",)
 """Tensors of old checkpoints that newer code computes itself."""
+ROUTERS = (".gate.weight", ".router.weight")
+"""Weights that choose experts, which are no linears of transformers' and stay as they are."""
 FLOATS = ("BF16", "F16", "F32", "F64")
 HEADS = ("lm_head.weight", "output_layer.weight", "embed_out.weight")
 """How output layers are called."""
+OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier")
+"""Settings by which some models change what their output layer gives."""
 NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
@@ -72,7 +76,9 @@ class Shape:
     `quantized` is the sum over `linears`; `kept` everything else, a tied output layer once; `largest` the largest
     single tensor, `largest_kept` the largest that is not quantized; `layer` and `layer_quantized` belong to the largest
     decoder layer. `norms` are those over the hidden size in a layer; `rms` when they have no bias. `head_norms` are
-    those over single heads; `softcap` when attention caps its scores. `notes` say what these numbers leave out.
+    those over single heads; `softcap` when attention caps its scores; `partly_rotated` when positions turn only a part
+    of each head; `changes_logits` when they are not what the output layer gives. `notes` say what these numbers leave
+    out.
     """
 
     model_type: str
@@ -97,6 +103,8 @@ class Shape:
     rms: bool
     activation: str
     softcap: bool
+    partly_rotated: bool
+    changes_logits: bool
     notes: tuple[str, ...] = ()
 
     @property
@@ -156,8 +164,17 @@ def read_shape(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Shap
         rms=not any(tensor.name.endswith(".bias") for tensor in norms),
         activation=str(text.get("activation_function") or text.get("hidden_act") or "silu"),
         softcap=bool(text.get("attn_logit_softcapping")),
+        partly_rotated=_rotated(text) < 1,
+        changes_logits=any(text.get(name, 1) not in (None, 1) for name in OF_LOGITS),
         notes=tuple(notes),
     )
+
+
+def _rotated(text: Mapping[str, Any]) -> float:
+    """Share of each head that positions turn."""
+    rope = text.get("rope_parameters")
+    found = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+    return float(found or text.get("partial_rotary_factor") or 1)
 
 
 def _stacks(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, list[Tensor]]]:
@@ -171,7 +188,8 @@ def _stacks(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, list[Tensor]]]
 
 
 def _is_linear(name: str, tensor: Tensor) -> bool:
-    return len(tensor.shape) == 2 and name.endswith(".weight") and _LAYER.match(name) is not None
+    matrix = len(tensor.shape) == 2 and name.endswith(".weight") and not name.endswith(ROUTERS)
+    return matrix and _LAYER.match(name) is not None
 
 
 def _sizes(text: Mapping[str, Any], model_type: str) -> dict[str, int]:

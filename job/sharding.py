@@ -49,13 +49,13 @@ def whole(pieces: Iterable[Piece], world: World) -> Iterator[Piece]:
             rows = [(part.stop - part.start) // part.unit for part in parts]
             data = joined(world, piece.data.flatten(), [count * share.unit for count in rows])
             scale = joined(world, piece.row_scale, rows)
-            yield Piece(share, data.view(share.tensor.shape), row_scale=scale)
+            yield Piece(share, data.view(share.shape), row_scale=scale)
         elif piece.state is not None:
             data = joined(world, piece.data.flatten(), [-(-(part.stop - part.start) // 2) for part in parts])
             yield Piece(share, data.view(-1, 1), state=piece.state)
         else:
             data = joined(world, piece.data.flatten(), [part.stop - part.start for part in parts])
-            yield Piece(share, data.view(share.tensor.shape))
+            yield Piece(share, data.view(share.shape))
 
 
 @dataclass
@@ -112,7 +112,7 @@ def partitioner(plan: Plan, world: World, shares: Iterable[Share]) -> Callable[[
             units = stored(share)
             shape: Sequence[int] = (units, 1)
         else:
-            units, shape = share.tensor.numel, share.tensor.shape
+            units, shape = share.tensor.numel, share.shape
         parameter.data = torch.empty(0, dtype=own.dtype, device=init.local_device)
         init._convert_to_deepspeed_param(parameter)
         parameter.ds_shape, parameter.ds_numel = torch.Size(shape), units

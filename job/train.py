@@ -2,20 +2,23 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from typing import Any
 
 from job import adapter, loop
 from job.config import RunConfig
 from job.data.load import load_dataset
+from job.dropout import Places
 from job.engine import Engine
 from job.errors import ModelError
 from job.group import agree_on_hardware, agreed, connect, first_of_each_node, on_first_rank
 from job.hardware import this_hardware
-from job.headers import read_headers
 from job.loading import fill
+from job.lora_linear import in_one_step
+from job.matching import matched
 from job.model import (
     DTYPE,
     add_adapter,
@@ -23,10 +26,9 @@ from job.model import (
     lora_targets,
     recompute_activations,
     refuse_leaking_packs,
-    shares,
 )
 from job.plan import STORAGE_BYTES, Plan, make_plan
-from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config
+from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config, read_tensors
 from job.progress import Progress
 from job.published import shape_of
 from job.record import Record, metric_sinks, recorded
@@ -79,16 +81,20 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     shape, unknown = on_first_rank(world, lambda: shape_of(config.model, config.storage, say))
     plan = make_plan(config, world, hardware, architecture.model_type, shape)
     tokenizer = Tokenizer(files, config.model.trust_remote_code)
-    skeleton = build(architecture, config, plan.precision, plan.compute_dtype)
+    made = partial(build, architecture, config.model, config.quantization, plan.precision, plan.compute_dtype)
+    skeleton = made()
     lora_targets(skeleton, config.lora.targets)
     data = load_dataset(config, tokenizer, partial(on_first_rank, world))
     data.check(partial(_fits, architecture, config.model.name, config.data.packing))
     checkpoint = first_of_each_node(world, lambda: fetch_weights(config.model, checkpoint, config.storage, say))
-    wanted = shares(skeleton, read_headers(checkpoint), config.model.name, STORAGE_BYTES[plan.storage])
+    tensors = read_tensors(files, checkpoint, config.model)
+    agree = partial(on_first_rank, world)
+    skeleton, wanted = matched(
+        skeleton, made, tensors, checkpoint, config.model.name, STORAGE_BYTES[plan.storage], agree
+    )
     prepare_files(plan, world, wanted, say)
     plan = plan.with_steps(config.train.max_steps or data.train.steps(config.train.epochs))
-    for line in (*plan.notes, *unknown, *data.report(), _in_short(plan, world, hardware)):
-        say(line)
+    _say_all((*plan.notes, *unknown, *data.report(), _in_short(plan, world, hardware)), say)
 
     record = Record(run, world, say)
     asking = files_that_ask(config, os.environ)
@@ -96,10 +102,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     with stop, recorded(record):
         seed_random(config.train.seed, world.rank)
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
-        base, dtype = base_name(config.model), DTYPE[plan.precision]
-        model, places = add_adapter(skeleton, config.lora, config.train.seed, base, dtype)
-        if config.train.recompute == "full":
-            recompute_activations(model)
+        model, places = _adapted(skeleton, config, plan)
         engine = Engine(model, places, plan, config.train, world)
         receipts.prove(engine.base())
         if config.data.packing:
@@ -112,7 +115,22 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
             saver.finish(record.progress)
         on_first_rank(world, lambda: _leave(config, record, model, tokenizer))
         record.interrupt()
-    return _outcome(record.progress, run, plain_peft_note(config.model), say)
+    return _outcome(record.progress, run, plain_peft_note(config.model, files), say)
+
+
+def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places]:
+    """The filled base with an adapter on it, as training calls it; and the places that dropout reads."""
+    model, places = add_adapter(base, config.lora, config.train.seed, base_name(config.model), DTYPE[plan.precision])
+    if config.train.fused:
+        in_one_step(model)
+    if plan.recompute == "full":
+        recompute_activations(model)
+    return model, places
+
+
+def _say_all(lines: Iterable[str], say: Say) -> None:
+    for line in lines:
+        say(line)
 
 
 def _in_short(plan: Plan, world: World, hardware: Hardware) -> str:

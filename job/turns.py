@@ -1,6 +1,7 @@
 """Stretches of text with a role and a learn mark, and conversations as such. Nothing here knows a tokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 
@@ -8,12 +9,44 @@ class Segment(NamedTuple):
     """A stretch of text.
 
     `role` is system, user, assistant or tool (a turn, put into the chat format), text (as it stands) or markup
-    (as it stands, and special tokens in it are special). `learn` marks what the loss is taken over.
+    (as it stands, and special tokens in it are special). `learn` marks what the loss is taken over. `metadata` stands
+    beside an assistant's role (the tool that it calls) and `tools` beside the system's; few chat formats write them.
     """
 
     role: str
     content: str
     learn: bool = False
+    metadata: str = ""
+    tools: Any = None
+
+
+class Seam(Enum):
+    """How a piece is encoded behind the one before it: as what continues it, as if nothing stood before it, or both
+    together as one text."""
+
+    CONTINUES = "continues"
+    APART = "apart"
+    ONE = "one"
+
+
+class Piece(NamedTuple):
+    """A stretch of the final text: markup or content, learnt or not. `spoken` is content that the model says, in which
+    the markup that models write themselves, such as <think>, is theirs."""
+
+    text: str
+    markup: bool
+    learn: bool
+    seam: Seam = Seam.CONTINUES
+    spoken: bool = False
+
+
+def one_answer_each(turns: Sequence[Segment]) -> list[list[Segment]]:
+    """A conversation for each learnt answer, which ends with it and learns nothing before it."""
+    return [
+        [*(before._replace(learn=False) for before in turns[:place]), turn]
+        for place, turn in enumerate(turns)
+        if turn.learn and turn.content.strip()
+    ]
 
 
 ROLES = {
@@ -42,7 +75,10 @@ def turns_of(turns: Any) -> list[Segment]:
         if role is None:
             raise ValueError(f"turn {number} has the role {said!r}, expected one of {', '.join(ROLES)}")
         learn = role == "assistant" and turn.get("learn") is not False
-        segments.append(Segment(role, _content(turn, number), learn))
+        metadata = turn.get("metadata")
+        tools = turn.get("tools") if role == "system" else None
+        written = metadata if isinstance(metadata, str) else ""  # other sets keep objects there, about the turn
+        segments.append(Segment(role, _content(turn, number), learn, written, tools or None))
     return segments
 
 

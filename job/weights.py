@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from job.cache import Cache
 from job.config.learning import Quantization
 from job.errors import ModelError
-from job.headers import Tensor
 from job.reading import Range, read_ahead
 from job.store import Store
+from job.tensors import Tensor
 
 BLOCK = 64
 """Weights that share one scale (bitsandbytes' default, and the QLoRA paper's)."""
@@ -42,7 +42,8 @@ TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float3
 class Share:
     """Elements [start, stop) of a flattened checkpoint tensor, wanted under `name`, quantized or as they are.
 
-    `unit` elements stay together when a share is split: those of a stored byte, or of a row for int8.
+    `unit` elements stay together when a share is split: those of a stored byte, or of a row for int8. A `transposed`
+    tensor lies in its file as [in, out]: its elements are counted as of [out, in], and all are read for any share.
     """
 
     name: str
@@ -51,11 +52,18 @@ class Share:
     stop: int
     quantize: bool
     unit: int = 1
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole tensor's shape, as it is wanted."""
+        return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the checkpoint."""
-        return (self.stop - self.start) * self.tensor.item_size
+        """Bytes of the checkpoint that are read for it."""
+        whole = self.transposed and self.start < self.stop
+        return self.tensor.nbytes if whole else (self.stop - self.start) * self.tensor.item_size
 
     @property
     def scales(self) -> int:
@@ -117,11 +125,13 @@ def stream(
     ranges = [_bytes(share.tensor, *chunk) for share, own in zip(shares, chunks, strict=True) for chunk in own]
     with closing(read_ahead(store, ranges, AHEAD, progress=progress, cache=cache)) as contents:
         for share, own, blocks in zip(shares, chunks, in_blocks, strict=True):
-            values = (_values(next(contents), share.tensor.dtype) for _ in own)
+            values: Iterable[torch.Tensor] = (_values(next(contents), share.tensor.dtype) for _ in own)
+            if share.transposed:
+                values = _turned(values, share, blocks)
             if blocks:
                 yield _four_bits(values, share, quantization, dtype, device, exchange)
             elif share.quantize and quantization.type == "int8":
-                rows = _plain(values, share, torch.float16, device).view(-1, share.tensor.shape[-1])
+                rows = _plain(values, share, torch.float16, device).view(-1, share.shape[-1])
                 data, row_scale, _ = bnb.int8_vectorwise_quant(rows)
                 yield Piece(share, data, row_scale=row_scale)
             else:
@@ -129,14 +139,17 @@ def stream(
 
 
 def dequantized(pieces: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
-    """The same pieces as the values they stand for, [out, in]: what a product sees, at 16 bits a weight."""
+    """The same pieces as the values they stand for, the way round they have in their file: what a product sees, at 16
+    bits a weight."""
     for piece in pieces:
         if piece.state is not None:
-            yield Piece(piece.share, bnb.dequantize_4bit(piece.data, piece.state).to(dtype))
+            values = bnb.dequantize_4bit(piece.data, piece.state).to(dtype)
         elif piece.row_scale is not None:
-            yield Piece(piece.share, bnb.int8_vectorwise_dequant(piece.data, piece.row_scale).to(dtype))
+            values = bnb.int8_vectorwise_dequant(piece.data, piece.row_scale).to(dtype)
         else:
             yield piece
+            continue
+        yield Piece(piece.share, values.T.contiguous() if piece.share.transposed else values)
 
 
 def _plain(values: Iterable[torch.Tensor], share: Share, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -148,7 +161,16 @@ def _plain(values: Iterable[torch.Tensor], share: Share, dtype: torch.dtype, dev
         flat[filled : filled + here.numel()] = here.to(dtype)
         filled += here.numel()
     _refuse_not_finite(odd, share)
-    return flat.view(share.tensor.shape) if flat.numel() == share.tensor.numel else flat
+    return flat.view(share.shape) if flat.numel() == share.tensor.numel else flat
+
+
+def _turned(values: Iterable[torch.Tensor], share: Share, in_blocks: bool) -> Iterator[torch.Tensor]:
+    """The share's elements, in chunks, out of a whole tensor that lies the other way round."""
+    parts = list(values)
+    if parts:
+        start, stop = _widened(share) if in_blocks else (share.start, share.stop)
+        flat = torch.cat(parts).view(share.tensor.shape).T.reshape(-1)[start:stop]
+        yield from torch.split(flat, CHUNK)
 
 
 def _four_bits(
@@ -176,7 +198,7 @@ def _four_bits(
     data = packed if size == packed.numel() else packed[skip : skip + size].clone()
     skip = -(-share.start // BLOCK) - wide_start // BLOCK
     absmax = exchange(scales[skip : skip + share.scales], share)
-    return Piece(share, data.view(-1, 1), _state(absmax, share.tensor, kind, dtype, quantization.double_quant))
+    return Piece(share, data.view(-1, 1), _state(absmax, share.shape, kind, dtype, quantization.double_quant))
 
 
 def _refuse_not_finite(odd: torch.Tensor, share: Share) -> None:
@@ -200,10 +222,10 @@ def fingerprint(data: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _state(absmax: torch.Tensor, tensor: Tensor, kind: str, dtype: torch.dtype, double: bool) -> bnb.QuantState:
+def _state(absmax: torch.Tensor, shape: tuple[int, ...], kind: str, dtype: torch.dtype, double: bool) -> bnb.QuantState:
     """bitsandbytes' state of the whole tensor. Double quantization is around the mean of all its scales."""
     about = {
-        "shape": torch.Size(tensor.shape),
+        "shape": torch.Size(shape),
         "dtype": dtype,
         "blocksize": BLOCK,
         "code": bnb.get_4bit_type(kind, device=absmax.device),
@@ -220,6 +242,8 @@ def _chunks(share: Share, in_blocks: bool) -> list[tuple[int, int]]:
     """The share in stretches of elements that are read at once. A block of weights has one scale: those that a share
     has in common with its neighbours are read whole."""
     start, stop = _widened(share) if in_blocks else (share.start, share.stop)
+    if share.transposed and start < stop:
+        start, stop = 0, share.tensor.numel
     return [(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
 
 

@@ -134,22 +134,47 @@ open_job() {
   [[ $answer != "done" ]] || exit 0
 }
 
+# Over in QLORA_PREFLIGHT_S and a few seconds, however many nodes there are and whatever hangs: reports have half of the
+# time, ranks what is left of it. Both end somewhat earlier by themselves, to say whom they waited for.
 preflight() {
-  local checks=${QLORA_PREFLIGHT:-full} options=()
+  local checks=${QLORA_PREFLIGHT:-full} options=() all_s=${QLORA_PREFLIGHT_S:-50} ends
+  [[ $all_s =~ ^[1-9][0-9]+$ ]] || refuse "QLORA_PREFLIGHT_S is $all_s, expected whole seconds, 10 or more"
+  ends=$(($(date +%s) + all_s))
   case $checks in
     full | nodes) [[ -z ${QLORA_LEAVE_OUT:-} ]] || options+=(--leave-out) ;;
     off) options+=(--only-warn) ;;
     *) refuse "QLORA_PREFLIGHT is $checks, expected full, nodes or off" ;;
   esac
-  attended timeout --kill-after=10 "${QLORA_PREFLIGHT_S:-90}" srun "${steps[@]}" --kill-on-bad-exit=0 \
+  limited $((all_s / 2)) srun "${steps[@]}" --kill-on-bad-exit=0 \
     --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --output="$folder/facts.%t" \
-    "${inside[@]}" "$python" -m job preflight "$@" --report --port "$wanted" # a file each: long lines would mix
+    "${inside[@]}" "$python" -m job preflight "$@" --report --timeout $((all_s / 3)) --port "$wanted" \
+    # a file each: long lines would mix
   choose_nodes "${options[@]}"
   [[ $checks == full && ! -e $folder/warning ]] || return 0
-  launch preflight --nodes "$names" --verdict "$folder/verdict.json" && return
-  [[ -n ${QLORA_LEAVE_OUT:-} && -e $folder/verdict.json ]] || exit 1
+  if [[ -z ${QLORA_LEAVE_OUT:-} ]]; then
+    exchange "$ends" || exit 1
+    return
+  fi
+  exchange $((($(date +%s) + ends) / 2)) && return
+  [[ -e $folder/verdict.json ]] || exit 1
   choose_nodes --leave-out # those that the others could not speak to
-  launch preflight --nodes "$names" --verdict "$folder/verdict.json" || exit 1
+  exchange "$ends" || exit 1
+}
+
+# exchange ENDS: all ranks speak to each other, until then (Unix seconds)
+exchange() {
+  local left_s=$(($1 - $(date +%s)))
+  local waits=(limited $((left_s > 1 ? left_s : 1)))
+  launch preflight --nodes "$names" --verdict "$folder/verdict.json" --until $(($1 - 4))
+}
+
+# limited SECONDS COMMAND ...: `attended`, and no longer than that
+limited() {
+  attended timeout --kill-after=5 "$@"
+  local code=$?
+  ((code != 124 && code != 137)) ||
+    echo "The check took more than $1 s, its part of QLORA_PREFLIGHT_S. Raise it where nodes start slowly" >&2
+  return "$code"
 }
 
 # Sets address, port and names of the nodes that the run gets; writes the hostfile.
@@ -159,7 +184,8 @@ choose_nodes() {
   read -r address port names <<<"$answer"
 }
 
-# launch VERB [OPTION ...]: runs `qlora VERB` with the job's words in all ranks.
+# launch VERB [OPTION ...]: runs `qlora VERB` with the job's words in all ranks, and waits for them as `waits` says.
+waits=(attended)
 launch() {
   local common=(--hostfile "$folder/hostfile" --master_addr "$address" --master_port "$port" --quiet)
   local ranks=(--module job.launch.slurm.rank "$folder" "$@")
@@ -170,13 +196,13 @@ launch() {
     [[ ,$names, == *,$SLURMD_NODENAME,* ]] || common+=(--force_multi)
     # deepspeed writes these and the file .deepspeed_env into the command lines of ssh, where everybody reads them
     local secrets=("${!MLFLOW@}")
-    attended env "${secrets[@]/#/--unset=}" DS_ENV_FILE=no-such-file "$python" -m job.launch.slurm.node "$folder" \
+    "${waits[@]}" env "${secrets[@]/#/--unset=}" DS_ENV_FILE=no-such-file "$python" -m job.launch.slurm.node "$folder" \
       deepspeed "${common[@]}" "${ranks[@]}"
     local code=$?
     end_ranks
     return $code
   fi
-  attended srun "${steps[@]}" --nodes="$count" --ntasks="$count" --nodelist="$names" "${inside[@]}" \
+  "${waits[@]}" srun "${steps[@]}" --nodes="$count" --ntasks="$count" --nodelist="$names" "${inside[@]}" \
     "$python" -m job.launch.slurm.node "$folder" \
     deepspeed "${common[@]}" --no_ssh '--node_rank={node_rank}' "${ranks[@]}"
 }
@@ -229,6 +255,8 @@ run_job() {
   settle
   if [[ $1 == "$demo" ]]; then
     cd "$here/.." || exit 2 # its rows and model are named from there
+    # it is a run of one rank; here one a node, whatever GPUs they have
+    set -- "$1" parallel.processes=1 train.global_batch_size="$SLURM_JOB_NUM_NODES" "${@:2}"
   fi
   echo "$(date -Is) job $job on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}: $*"
   open_job "$@"

@@ -11,7 +11,7 @@ from job.chat import Encoded, chat_format, encode, prompt_ids, stop_ids
 from job.formats import FORMATS, format_of, learn_last, segments_of
 from job.tokenizer import Tokenizer
 from job.turns import Segment
-from tests.chat_models import MODELS, byte_level, sentencepiece
+from tests.chat_models import MODELS, QWEN_3, byte_level, sentencepiece
 from tests.conftest import CHATML, make_tokenizer
 
 WITH_TEMPLATE = [name for name in MODELS if name != "none"]
@@ -89,7 +89,7 @@ def test_surrounding_space_in_a_content_is_kept_or_trimmed_as_the_template_does(
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
 def test_a_template_without_system_turns_refuses_them(load: Load, name: str) -> None:
-    with pytest.raises(ValueError, match=r"the model's chat template refuses these turns: .*(Only user|System role)"):
+    with pytest.raises(ValueError, match=r"the model's chat template refuses these turns \(.*(Only user|System role)"):
         encoded(load(name), [Segment("system", "Be kind."), *TALK])
 
 
@@ -120,18 +120,6 @@ def test_a_template_that_drops_an_answer_is_refused(load: Load) -> None:
         tokenizer.inner.chat_template = CHATML
 
 
-WITH_THOUGHTS = (
-    "{% for message in messages %}{% set content = message['content'] %}{% set thought = '' %}"
-    "{% if message['role'] == 'assistant' and '</think>' in content %}"
-    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
-    "{{ content.strip('\n') + '<|im_end|>\n' }}{% endfor %}"
-)
-"""In the style of Qwen 3: thoughts are moved, or left out of all but the last answer."""
-
-
 @pytest.fixture
 def templated(tmp_path: Path) -> Load:
     """A tokenizer with the chat template."""
@@ -160,21 +148,12 @@ def test_a_template_that_changes_contents_is_refused(templated: Load, change: st
     assert str(refused.value) == f"the model's chat template changes what the {message}. Set data.template"
 
 
-def test_thoughts_that_a_template_would_move_are_refused(templated: Load) -> None:
-    tokenizer = templated(WITH_THOUGHTS)
-    thinking = TALK[3]._replace(content="<think>\nHm.\n</think>\n\nFour.")
-    with pytest.raises(ValueError, match=r"changes what the assistant turn says \('Hm\.\\n</think>"):
-        encoded(tokenizer, [*TALK[:3], thinking])
-    with pytest.raises(ValueError, match="changes what the assistant turn says"):
-        encoded(tokenizer, [TALK[0], thinking, *TALK[2:]])
-
-
 def test_a_template_that_strips_some_characters_only_strips_them_from_the_contents(templated: Load) -> None:
-    tokenizer = templated(WITH_THOUGHTS)
+    tokenizer = templated(QWEN_3.replace("{{ said }}", "{{ said.strip('\n') }}").replace("lstrip", "strip"))
     turns = [turn._replace(content=f"\n\n {turn.content} \n") for turn in TALK]
     parts = encoded(tokenizer, turns)
     assert tokenizer.decode(ids_of(parts)) == tokenizer.render(messages(turns))
-    assert learnt(tokenizer, parts) == [" Three. <|im_end|>", " Yes, four. <|im_end|>"]
+    assert learnt(tokenizer, parts) == [" Three. <|im_end|>", "<think>\n\n</think>\n\n Yes, four. <|im_end|>"]
     prompt = prompt_ids(encoded(tokenizer, [*turns[:3], turns[3]._replace(content="")]))
     assert prompt == ids_of(parts)[: len(prompt)]
 
@@ -217,7 +196,7 @@ def test_the_prompt_at_inference_is_the_beginning_of_the_training_ids(load: Load
     assert answer.strip().startswith("Yes, four.")
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma", "phi-3", "smollm2"])
+@pytest.mark.parametrize("name", [name for name in WITH_TEMPLATE if name != "sentencepiece"])
 def test_the_prompt_at_inference_is_the_template_s_generation_prompt(load: Load, name: str) -> None:
     tokenizer = load(name)
     wanted = tokenizer.inner.apply_chat_template(messages(TALK[:3]), tokenize=False, add_generation_prompt=True)
@@ -227,7 +206,7 @@ def test_the_prompt_at_inference_is_the_template_s_generation_prompt(load: Load,
 @pytest.mark.parametrize("name", MODELS)
 def test_an_answer_stops_at_eos_and_at_the_end_of_a_turn(load: Load, name: str) -> None:
     tokenizer = load(name)
-    stops = stop_ids(encoded(tokenizer, TALK), tokenizer.eos)
+    stops = stop_ids(encoded(tokenizer, TALK), tokenizer, chat_format(tokenizer, None))
     assert {tokenizer.decode([stop]) for stop in stops} == {MODELS[name][2], tokenizer.inner.eos_token}
 
 
@@ -288,7 +267,7 @@ def test_markup_of_a_user_s_template_may_hold_special_tokens(load: Load) -> None
         "<|im_start|>How many?A Three.<|im_end|>\n<|im_start|>你好 & more?A Yes, four.<|im_end|>\n"
     )
     assert ids_of(parts).count(tokenizer.eos) == 2
-    assert learnt(tokenizer, parts) == ["Three.<|im_end|>", "Yes, four.<|im_end|>"]
+    assert learnt(tokenizer, parts) == [" Three.<|im_end|>", " Yes, four.<|im_end|>"]
 
 
 def test_doubled_braces_of_a_role_template_are_braces(load: Load) -> None:
@@ -296,7 +275,7 @@ def test_doubled_braces_of_a_role_template_are_braces(load: Load) -> None:
     template = {"user": "{{{content}}}{{content}}\n", "assistant": "{{content}} {content}}}"}
     parts = encode(TALK[:2], tokenizer, chat_format(tokenizer, template))
     assert tokenizer.decode(ids_of(parts)) == "{How many?}{content}\n{content} Three.<|im_end|>}"
-    assert [tokenizer.decode(part.ids) for part in parts if not part.markup] == ["How many?", "Three."]
+    assert [tokenizer.decode(part.ids) for part in parts if not part.markup] == ["How many?", " Three."]
 
 
 def test_a_model_without_a_template_gets_plain_roles(load: Load) -> None:
@@ -332,8 +311,9 @@ def test_an_eos_that_the_user_s_template_writes_is_the_only_one(load: Load) -> N
 def test_markup_of_a_template_around_the_answer_does_not_stop_it(load: Load) -> None:
     tokenizer = load("chatml")
     name, kind = format_of("template", {"prompt": "Q: {q}\n", "completion": "A: {a}!"}, {})
-    parts = encode(segments_of(kind, name, {"q": "Why?", "a": "So."}), tokenizer, chat_format(tokenizer, None))
-    assert stop_ids(parts, tokenizer.eos) == [tokenizer.eos]
+    chat = chat_format(tokenizer, None)
+    parts = encode(segments_of(kind, name, {"q": "Why?", "a": "So."}), tokenizer, chat)
+    assert stop_ids(parts, tokenizer, chat) == [tokenizer.eos]
 
 
 def test_a_bos_that_the_tokenizer_adds_comes_once(tmp_path: Path) -> None:

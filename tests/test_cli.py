@@ -1,6 +1,7 @@
 """The command as users meet it: help, settings explained, rows shown, and what bad input gets."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,25 @@ def test_every_verb_has_help(verb: str) -> None:
 def test_without_a_verb_it_shows_the_help_or_asks_for_one() -> None:
     assert "Commands:" in (nothing := run()).out + nothing.err
     assert (launched := run("--local_rank=0")).code == 2 and "Missing command" in launched.err
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "package"),
+    [
+        ("ray", ("submit", "ray"), r"ray\[default,train\]>=2\.\d+"),
+        ("ray", ("train", "--on", "ray"), r"ray\[default,train\]>=2\.\d+"),
+    ],
+)
+def test_an_optional_library_that_is_missing_is_named_with_what_installs_it(
+    run_file: RunFile, tmp_path: Path, module: str, words: tuple[str, ...], package: str
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
+    done = qlora(*words, run_file(), env={"PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == 2
+    said = rf"InputError: {module}[\w.]* is not installed\. Install it with: pip install '{package}'"
+    assert re.search(said, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_version() -> None:
@@ -234,7 +254,7 @@ def test_a_row_without_needed_fields_says_which_it_has_and_which_it_needs(run_fi
 
 def test_all_faults_of_a_run_file_come_in_one_message(run_file: RunFile, tmp_path: Path) -> None:
     done = run("train", run_file(), "lora.rnak=3", "train.epochs=no", "model.nmae=x")
-    said = refused(done, tmp_path, "ConfigError: 3 problems in {tmp}/run.yaml")
+    said = refused(done, tmp_path, "ConfigError: 3 problems in {tmp}/run.yaml and the settings behind it\n")
     assert all(name in said for name in ("lora.rnak", "train.epochs", "model.nmae"))
 
 

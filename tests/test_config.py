@@ -38,7 +38,8 @@ def test_all_faults_come_in_one_message() -> None:
         "  epochs=3: is no setting. Write section.key=value, such as train.max_steps=20",
         "  quantization.type: 'nf5' is wrong: input should be 'nf4', 'fp4', 'int8' or 'none'",
         "  lora.dropout: 2 is wrong: input should be less than 1",
-        '  lora.rnak: unknown name. Did you mean "rank"? Valid: alpha, bias, dora, dropout, rank, rslora, targets.',
+        '  lora.rnak: unknown name. Did you mean "rank"? Valid: alpha, bias, dora, dropout, rank, rslora, share_a, '
+        "targets.",
         "  train.global_batch_size: 100 is not a multiple of micro_batch_size 16. Try 96 or 112",
     ]
     assert refused.value.exit_code == 2
@@ -188,7 +189,8 @@ def test_overrides_win_over_the_file_and_are_yaml() -> None:
         ("lora.rank=[", "lora.rank=[: the value is no valid YAML, or lora is no section"),
         (
             "lora.rnak=3",
-            'lora.rnak: unknown name. Did you mean "rank"? Valid: alpha, bias, dora, dropout, rank, rslora, targets.',
+            'lora.rnak: unknown name. Did you mean "rank"? Valid: alpha, bias, dora, dropout, rank, rslora, share_a, '
+            "targets.",
         ),
     ],
 )

@@ -52,6 +52,7 @@ REFUSED = {
     "lora.targets": ("[]", "an empty list trains nothing. Name linears such as [q_proj, v_proj], or write all"),
     "lora.bias": ("some", wrong("some", "input should be 'none', 'all' or 'lora_only'")),
     "lora.rslora": ("2", wrong(2, BOOL)),
+    "lora.share_a": ("x", wrong("x", BOOL)),
     "lora.dora": ("x", wrong("x", BOOL)),
     "data.train": ("[]", NOTHING),
     "data.format": ("3", wrong(3, TEXT)),
@@ -90,7 +91,8 @@ REFUSED = {
         "sgd",
         wrong("sgd", "input should be 'adamw', 'adamw_8bit', 'paged_adamw_8bit' or 'paged_adamw_32bit'"),
     ),
-    "train.recompute": ("off", wrong(False, "input should be 'none' or 'full'")),
+    "train.recompute": ("off", wrong(False, "input should be 'auto', 'none' or 'full'")),
+    "train.fused": ("liger", wrong("liger", "input should be a valid boolean")),
     "train.seed": ("-1", wrong(-1, NOT_NEGATIVE)),
     "train.base_compute": ("fp8", later("fp8", "FP8 products on the frozen base are not there yet. Use bf16")),
     "train.max_hours": ("0", wrong(0, POSITIVE)),
@@ -250,7 +252,11 @@ def test_the_hash_follows_fixed_settings_only(key: str) -> None:
             "extendable",
             "train.epochs train.max_steps evaluation.file evaluation.every_steps checkpoint.keep train.max_hours",
         ),
-        ("free", "parallel.strategy tracking.sinks train.micro_batch_size train.recompute data.workers storage.region"),
+        (
+            "free",
+            "parallel.strategy tracking.sinks train.micro_batch_size train.recompute train.fused data.workers "
+            "storage.region",
+        ),
     ],
 )
 def test_rules_are_those_of_the_contract(rule: str, keys: str) -> None:

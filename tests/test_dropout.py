@@ -1,10 +1,15 @@
 """Dropout masks: functions of seed, step, row, position, module and feature alone."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
+from job.config.learning import Model, Quantization
 from job.dropout import Places, RowDropout
+from job.model import build
 
 ROWS = np.repeat(np.arange(4)[:, None], 32, axis=1)
 POSITIONS = np.tile(np.arange(32), (4, 1))
@@ -61,3 +66,25 @@ def test_evaluation_changes_nothing_and_unplaced_tokens_are_a_fault() -> None:
     assert dropout.eval()(x) is x
     with pytest.raises(RuntimeError, match=r"tokens \(2, 3\) whose places were not given"):
         dropout.train()(x)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        transformers.GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=64, attn_pdrop=0.4, resid_pdrop=0.4),
+        transformers.SeedOssConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, vocab_size=64, residual_dropout=0.4, attention_dropout=0.4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_a_frozen_base_drops_nothing_whatever_it_calls_that(architecture: Any) -> None:
+    base = (
+        build(architecture, Model(name="m"), Quantization(type="none"), "fp32", "fp32").to_empty(device="cpu").train()
+    )
+    for value in [*base.parameters(), *base.buffers()]:
+        if value.is_floating_point():
+            torch.nn.init.normal_(value.data, std=0.1)
+    ids = torch.arange(16)[None]
+    assert torch.equal(base(ids, use_cache=False).logits, base(ids, use_cache=False).logits)

@@ -76,6 +76,7 @@ ALONE: list[Sections] = [
     *({"train": {"warmup_steps": value}} for value in (0.5, 2)),
     {"train": {"weight_decay": 0.1}},
     {"train": {"recompute": "full"}},
+    {"train": {"fused": False}},
     {"train": {"max_grad_norm": 0.0}},
     *({"quantization": {"type": name}} for name in ("nf4", "fp4", "int8", "none")),
     {"quantization": {"double_quant": False}},
@@ -99,6 +100,7 @@ def test_a_value_trains_in_one_process(run: Run, sections: Sections) -> None:
     "sections",
     [
         {"train": {"recompute": "full"}},
+        {"train": {"fused": False}},
         {"model": {"attention": "eager"}},
         {"train": {"micro_batch_size": 1}},
         {"train": {"micro_batch_size": 4}},

@@ -104,7 +104,7 @@ def segments(name: str, row: dict[str, Any], template: dict[str, str] | None = N
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_becomes_segments(case: str) -> None:
     name, row, expected = ROWS[case]
-    assert segments(name, row) == expected
+    assert [segment[:3] for segment in segments(name, row)] == expected
 
 
 @pytest.mark.parametrize("case", ROWS)

@@ -77,15 +77,18 @@ def test_a_folder_without_weights_says_what_is_there(store: Store) -> None:
     store.write("notes.txt", b"")
     with pytest.raises(ModelError, match=r"Expected model.safetensors .* The folder holds config.json, notes.txt"):
         read_headers(store)
-    for name in ("pytorch_model.bin", "model.Q4_1.gguf"):
+    how = (
+        "Training converts pytorch_model.bin, its parts or one GGUF file; other weights, and what only headers are "
+        "read of, have to be saved as safetensors"
+    )
+    for name, why in (
+        ("pytorch_model.bin", "/pytorch_model.bin cannot be read in place."),
+        ("model.Q4_1.gguf", ": no weights. Expected model.safetensors or its parts."),
+    ):
         store.write(name, b"")
         with pytest.raises(ModelError) as refusal:
             read_headers(store)
-        assert str(refusal.value) == (
-            f"{store.url}: no weights. Expected model.safetensors or its parts. Training converts pytorch_model.bin, "
-            "its parts or one GGUF file; other weights, and what only headers are read of, have to be saved as "
-            "safetensors"
-        )
+        assert str(refusal.value) == f"{store.url}{why} {how}"
         store.remove(name)
 
 

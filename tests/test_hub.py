@@ -128,17 +128,18 @@ def test_a_model_is_fetched_small_files_first(server: Hub) -> None:
     assert set(read_headers(fetch_weights(Model(name=NAME), store, Storage()))) == set(WEIGHTS)
 
 
-def test_pickled_weights_of_a_hub_model_are_downloaded_when_there_are_no_others_and_converted(
+def test_pickled_weights_of_a_hub_model_are_planned_by_ranges_and_downloaded_when_there_are_no_others(
     server: Hub, tmp_path: Path
 ) -> None:
     torch.save(WEIGHTS, tmp_path / "saved")
     pickled = {"pytorch_model.bin": (tmp_path / "saved").read_bytes(), "training_args.bin": b"code"}
     server.files = {"config.json": FILES["config.json"], "tokenizer.json": b"{}", **pickled}
     storage, said = Storage(cache_dir=str(tmp_path / "cache")), list[str]()
-    folder, store = fetch(Model(name=NAME), storage, said.append)
-    assert said == []
+    assert set(hub_headers(Model(name=NAME))) == set(WEIGHTS)
+    assert not list((tmp_path / "hub").rglob("*.bin")), "nothing was downloaded for that"
+    _, store = fetch(Model(name=NAME), storage, said.append)
     assert set(read_headers(fetch_weights(Model(name=NAME), store, storage, said.append))) == set(WEIGHTS)
-    assert len(said) == 1 and f"{folder} holds pickled weights" in said[0]
+    assert said == [] and not (tmp_path / "cache").exists()
     assert not any("training_args" in asked for asked in server.asked)
 
 
@@ -273,13 +274,16 @@ def test_without_network_a_model_that_was_not_downloaded_says_so(server: Hub, mo
         snapshot(Model(name=NAME), ("*.json",))
     assert str(refusal.value) == (
         "model.name: owner/model is no folder here and cannot be had from the hub (HF_HUB_OFFLINE is set). "
-        "Check the path, or the id and HF_TOKEN"
+        "Check the path, or the id and HF_TOKEN; without a way to the hub, name a folder or bucket, or a mirror in "
+        "HF_ENDPOINT"
     )
 
 
 def test_a_hub_that_is_not_there_is_named_with_what_failed(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ModelError, match=r"cannot be had from the hub \(ConnectError: .*\). Check the path, or the id"):
+    with pytest.raises(
+        ModelError, match=r"the hub \(http://127.0.0.1:9: ConnectError: .*\). Check the path, or the id"
+    ):
         snapshot(Model(name=NAME), ("*.json",))
 
 

@@ -27,9 +27,10 @@ def expected(run_file: RunFile, tmp_path: Path) -> list[float]:
     return losses(tmp_path / "out/alone")
 
 
-def launched(*words: str | Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def launched(*words: str | Path, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [str(word) for word in words]
     return subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, env=ENV, cwd=REPOSITORY, timeout=timeout_s
+        command, capture_output=True, text=True, env={**ENV, **env}, cwd=REPOSITORY, timeout=timeout_s
     )
 
 
@@ -82,6 +83,17 @@ def test_wrong_input_is_said_once_and_ends_all_workers_with_2(run_file: RunFile)
     done = launched(*launchers(config)["qlora"])
     assert done.returncode == 2
     assert done.stderr.count("ConfigError") == 1
+
+
+def test_what_another_worker_failed_of_is_said_although_the_first_ended_too(run_file: RunFile, tmp_path: Path) -> None:
+    limits = (
+        "import os, resource\nif os.environ.get('RANK') == '1': resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))"
+    )
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(limits)
+    done = launched(*launchers(run_file("two", **SHARED))["qlora"], PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 1
+    assert "worker 1 ended with exit code 1" in done.stderr and "Too many open files" in done.stderr, done.stderr
 
 
 def workers_of(parent: int) -> list[int]:

@@ -13,7 +13,8 @@ import transformers
 from job.config import RunConfig
 from job.errors import ConfigError, ModelError
 from job.headers import read_headers
-from job.model import add_adapter, build, lora_targets, place, refuse_leaking_packs, shares
+from job.matching import shares
+from job.model import add_adapter, build, lora_targets, place, refuse_leaking_packs
 from job.pretrained import fetch, read_config
 from job.weights import stream
 from tests.conftest import make_llama, settings
@@ -25,7 +26,7 @@ def load(folder: Path, precision: str = "bf16", **sections: Any) -> Any:
     """The streamed, quantized base, in evaluation mode."""
     run = RunConfig.model_validate(settings(folder, "rows.jsonl", "out", **sections))
     files, store = fetch(run.model, run.storage)
-    model = build(read_config(files, run.model), run, precision, precision)
+    model = build(read_config(files, run.model), run.model, run.quantization, precision, precision)
     wanted = shares(model, read_headers(store), run.model.name)
     place(model, stream(store, wanted, run.quantization, DTYPES[precision], "cpu"), "cpu")
     return model.eval()
@@ -175,12 +176,23 @@ def test_dropout_of_the_frozen_base_is_off(tmp_path: Path, tiny_model: Path) -> 
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_experts_that_would_stay_in_16_bits_are_refused(tmp_path: Path) -> None:
-    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.MixtralConfig(**size, intermediate_size=64, num_local_experts=4, num_key_value_heads=2)
-    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"holds all experts in one tensor, .* Use a dense model"):
+def test_experts_that_are_fused_in_the_files_too_are_refused(tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    config = transformers.GptOssConfig(**size, intermediate_size=64, num_local_experts=4, num_key_value_heads=2)
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as refused:
         load(tmp_path)
+    assert str(refused.value) == (
+        f"model.name: {tmp_path}: model.layers.0.mlp.experts.gate_up_proj holds all experts in one tensor, which "
+        "bitsandbytes does not quantize: most of the model would stay in 16 bits. Use a dense model, or "
+        "quantization.type: none"
+    )
+    assert torch.equal(
+        *(
+            found(torch.arange(9)[None]).logits
+            for found in (load(tmp_path, quantization={"type": "none"}), stock(tmp_path, "bf16", "none", False))
+        )
+    )
 
 
 def test_dropout_written_as_a_number_is_off_too(tmp_path: Path, tiny_model: Path) -> None:

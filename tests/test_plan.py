@@ -10,10 +10,12 @@ import transformers
 
 from job.config import parse_config
 from job.errors import ConfigError
+from job.fit import SPARE_FOR_SPEED
 from job.plan import Plan, make_plan
+from job.shape import Linear
 from job.world import Hardware, World
 from tests.test_config import LEAST
-from tests.test_memory import LLAMA_70B
+from tests.test_memory import LLAMA_7B, LLAMA_70B
 
 CPU = Hardware("cpu", "this CPU", bf16=True, memory_gib=8)
 H200 = Hardware("cuda", "NVIDIA H200", bf16=True, memory_gib=140)
@@ -176,10 +178,19 @@ def test_flash_attention_with_several_sequences_a_forward_is_refused_for_it_woul
 
 
 def test_experts_that_quantization_does_not_reach_are_refused_before_anything_is_loaded() -> None:
-    shape = replace(LLAMA_70B, model_type="mixtral", experts_per_token=2)
-    with pytest.raises(ConfigError, match=r"quantization.type: nf4 does not reach the experts of mixtral"):
-        make_plan(parse_config(LEAST), World(), H200, "mixtral", shape)
-    make_plan(parse_config(LEAST, ["quantization.type=none"]), World(), H200, "mixtral", shape)
+    shape = replace(LLAMA_70B, model_type="gpt_oss", experts_per_token=2)
+    with pytest.raises(ConfigError, match=r"quantization.type: nf4 does not reach the experts of gpt_oss"):
+        make_plan(parse_config(LEAST), World(), H200, "gpt_oss", shape)
+    make_plan(parse_config(LEAST, ["quantization.type=none"]), World(), H200, "gpt_oss", shape)
+
+
+def test_experts_that_lie_apart_in_the_files_of_another_family_are_refused_for_what_they_are() -> None:
+    apart = (Linear("mlp.experts.*.gate_proj", 64, 32, 8),)
+    shape = replace(LLAMA_70B, model_type="deepseek_v3", experts_per_token=2, linears=apart)
+    with pytest.raises(
+        ConfigError, match=r"model.name: transformers makes the fused experts of deepseek_v3 of other t"
+    ):
+        make_plan(parse_config(LEAST), World(), H200, "deepseek_v3", shape)
 
 
 def test_auto_is_replicate_where_it_fits_and_zero3_where_only_that_does() -> None:
@@ -203,3 +214,27 @@ def test_auto_is_replicate_where_it_fits_and_zero3_where_only_that_does() -> Non
         shape,
     )
     assert forced.zero.strategy == "replicate" and forced.reason.endswith(", which will hardly do")
+
+
+def with_memory(gib: float, *overrides: str) -> Plan:
+    hardware = Hardware("cuda", "GPU", bf16=True, memory_gib=gib)
+    return make_plan(parse_config(LEAST, [*overrides, "data.max_length=2048"]), World(), hardware, "llama", LLAMA_7B)
+
+
+def test_activations_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> None:
+    kept, again = (with_memory(140, f"train.recompute={how}").memory for how in ("none", "full"))
+    assert kept and again and kept.total_gib > again.total_gib + 5
+    room = kept.total_gib / (1 - SPARE_FOR_SPEED)
+    roomy, tight = with_memory(room + 0.01), with_memory(room - 0.01)
+    assert (roomy.recompute, tight.recompute) == ("none", "full")
+    assert roomy.memory == kept and tight.memory == again
+    assert roomy.reason == f"{kept.total_gib:.1f} GiB of {room + 0.01:.1f} GiB a GPU"
+    assert tight.reason == f"{again.total_gib:.1f} GiB of {room - 0.01:.1f} GiB a GPU"
+    assert with_memory(room + 0.01, "parallel.strategy=replicate").recompute == "none"
+
+
+def test_activations_are_made_again_as_set_on_a_cpu_and_where_the_model_is_not_known() -> None:
+    assert with_memory(140, "train.recompute=full").recompute == "full"
+    assert with_memory(12, "train.recompute=none", "parallel.strategy=replicate").recompute == "none"
+    assert plan().recompute == plan(hardware=H200).recompute == "full"
+    assert make_plan(parse_config(LEAST), World(), CPU, "llama", LLAMA_7B).recompute == "full"

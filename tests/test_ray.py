@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from job.config import load_config
 from job.errors import ConfigError, InputError, OutputError
 from job.launch.ray_train.shape import Node, Shape, Wanted, missing, shape_of
 from job.sinks import PipeSink
@@ -79,7 +80,6 @@ def test_a_request_is_shown_and_nobody_is_asked(run_file: RunFile, tmp_path: Pat
 
 
 def test_what_cannot_be_sent_is_refused(run_file: RunFile, tmp_path: Path) -> None:
-    from job.config import load_config
     from job.launch.ray_train.request import make_request
 
     path = str(run_file())
@@ -89,6 +89,36 @@ def test_what_cannot_be_sent_is_refused(run_file: RunFile, tmp_path: Path) -> No
         make_request(load_config(path), path, (), Wanted(), "http://x", str(tmp_path / "elsewhere"))
     inside = make_request(load_config(path), path, (), Wanted(), "http://x", str(tmp_path))
     assert inside.entrypoint.endswith(" run.yaml") and (inside.files, inside.folder) == ({}, str(tmp_path))
+
+
+def test_a_run_is_looked_at_before_anybody_is_asked(run_file: RunFile, tmp_path: Path) -> None:
+    words = ("submit", "ray", run_file(), "--address", "http://127.0.0.1:9")
+    done = qlora(*words, "train.global_batch_size=4", "--nodes", "2", "--gpus-per-node", "8")
+    assert done.returncode == 2 and "the settings for 16 ranks, 8 a node" in done.stderr, done
+    (tmp_path / "out/run").mkdir(parents=True)
+    (tmp_path / "out/run/notes.txt").touch()
+    done = qlora(*words)
+    assert done.returncode == 2 and "holds files that are no run (notes.txt)" in done.stderr, done
+
+
+def test_a_folder_that_only_the_cluster_has_is_left_to_it(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.launch.looking import look_first
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    said: list[str] = []
+
+    def look() -> str:
+        return look_first(load_config(str(run_file()), [f"output.url={tmp_path}/shared"]), 1, 0, "they do", said.append)
+
+    assert look() == f"{tmp_path}/shared"
+    cannot = "cannot be written. Use a folder that is yours. It was not looked into: they do"
+    assert said == [f"Warning: output.url: {tmp_path}/shared {cannot}"]
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="cannot be written"):
+        look()
 
 
 def test_ranks_do_not_look_into_the_folder_that_was_uploaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from job.config import fields, load_config, parse_config
+from job.families import FAMILIES
 from tests.conftest import REPOSITORY, qlora
 
 ENGLISH, CHINESE = (REPOSITORY / name for name in ("README.md", "README.zh-CN.md"))
@@ -80,7 +81,7 @@ def test_both_languages_have_the_same_commands() -> None:
 
 def test_both_languages_have_the_same_tables() -> None:
     keys = [[[codes(row[0]) for row in table] for table in tables(readme)] for readme in (ENGLISH, CHINESE)]
-    assert len(keys[0]) == 8 and keys[0] == keys[1]
+    assert len(keys[0]) == 10 and keys[0] == keys[1]
     assert settings(CHINESE) == settings(ENGLISH)
 
 
@@ -173,5 +174,12 @@ def test_there_are_run_files() -> None:
 def test_run_files_load_and_open_with_their_command_and_what_was_measured(path: Path) -> None:
     assert load_config(str(path)).output.url
     (head,) = re.findall(r"\A(?:#.*\n)+", path.read_text("utf-8"))
-    assert f"qlora train configs/{path.name}" in head
+    assert f" train configs/{path.name}" in head
     assert re.search(r"not measured|\d ?(?:ms|s|min|h|MiB|GiB|tokens/s)\b", head)
+
+
+@READMES
+def test_the_models_are_those_of_the_families(readme: Path) -> None:
+    listed = next(table for table in tables(readme) if any("model_type" in cell for cell in table[0]))
+    expected = [[family.name, ", ".join(family.model_types), ", ".join(family.targets)] for family in FAMILIES]
+    assert listed[1:] == expected

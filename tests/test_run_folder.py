@@ -13,7 +13,7 @@ import pytest
 from job.checkpoint import Checkpoints, Manifest
 from job.config import RunConfig, parse_config
 from job.errors import JobError, OutputError
-from job.run_folder import RunFolder
+from job.run_folder import LOST_RANK, RunFolder
 from job.store import Store
 from tests.conftest import settings
 from tests.s3 import BUCKET, S3
@@ -291,6 +291,20 @@ def test_an_abandoned_run_failed_at_the_last_step_of_its_metrics(place: dict[str
     assert found(run.store) == expected
     RunFolder(config(**place)).abandon("a second word", later - timedelta(hours=1))
     assert found(run.store) == expected
+
+
+def test_what_a_launcher_knows_replaces_that_another_rank_ended(place: dict[str, Any]) -> None:
+    run = RunFolder(config(**place))
+    checkpoint(run.store, 2)
+    run.begin()
+    begun = datetime.now(UTC) - timedelta(minutes=1)
+    run.write_status("failed", f"{LOST_RANK} after step 2, or cannot be reached; what it said tells why", 2)
+    RunFolder(config(**place)).abandon("2 workers of 1 CPU could not be placed", begun)
+    expected = {"state": "failed", "reason": "2 workers of 1 CPU could not be placed"}
+    assert {name: found(run.store)[name] for name in expected} == expected
+    run.write_status("failed", "the loss of step 2 is not finite", 2)
+    RunFolder(config(**place)).abandon("worker 0 ended with 1", begun)
+    assert found(run.store)["reason"] == "the loss of step 2 is not finite", "it knew by itself"
 
 
 def test_files_and_folders_of_others_are_refused_and_left_alone(place: dict[str, Any]) -> None:

@@ -17,12 +17,14 @@ import transformers
 from job.config import RunConfig
 from job.errors import JobError
 from job.group import connect, disconnect, joined
-from job.headers import Tensor, read_headers
+from job.headers import read_headers
 from job.loading import fill
-from job.model import build, shares
+from job.matching import shares
+from job.model import build
 from job.plan import make_plan
 from job.pretrained import fetch, read_config
 from job.sharding import Receipts, gathered, whole
+from job.tensors import Tensor
 from job.weights import Piece, Share, split
 from job.world import Hardware, World
 from tests import forked  # noqa: F401 - its forking process has imported what is heavy
@@ -77,7 +79,7 @@ def _pair(world: World, folder: Path, kind: str, double: bool) -> tuple[Any, Any
     )
     plan = make_plan(run, world, CPU)
     files, checkpoint = fetch(run.model, run.storage)
-    ours = build(read_config(files, run.model), run, "bf16", "bf16")
+    ours = build(read_config(files, run.model), run.model, run.quantization, "bf16", "bf16")
     wanted = shares(ours, read_headers(checkpoint), run.model.name)
     receipts = fill(ours, wanted, checkpoint, run, plan, world, lambda line: None)
     how = transformers.BitsAndBytesConfig(

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from job.config.running import Storage
 from job.report import summary
+from job.run_folder import RunFolder
 from job.sinks import (
     METRICS,
     PARTS,
@@ -326,5 +327,18 @@ def test_evaluations_are_found_among_the_rows_and_summed_up(tmp_path: Path) -> N
     config = parse_config(f"{{model: {{name: m}}, data: {{train: d}}, output: {{url: {tmp_path}}}}}")
     assert list(summary(config)) == [
         "evaluation loss: 5.2500 before, nan after 1 steps",
+        f"adapter: {tmp_path}/adapter",
+    ]
+
+
+def test_an_adapter_that_was_not_judged_yet_says_so_and_that_its_run_goes_on(tmp_path: Path) -> None:
+    from job.config import parse_config
+
+    JsonlSink(Store(str(tmp_path)), at_once).row({"step": 0, "eval_loss": 5.25})
+    config = parse_config(f"{{model: {{name: m}}, data: {{train: d}}, output: {{url: {tmp_path}}}}}")
+    RunFolder(config).write_status("interrupted", "SIGTERM", 6)
+    assert list(summary(config)) == [
+        "evaluation loss: 5.2500 before the first step, and not measured since",
+        "the run is interrupted after 6 steps: this adapter is none of a finished run",
         f"adapter: {tmp_path}/adapter",
     ]

@@ -158,6 +158,21 @@ def test_without_slurm_the_verbs_say_so_or_go_by_the_folder(config: RunConfig, t
     assert done.code == 0 and "asked to save and stop" in done.out and (tmp_path / "out/stop").exists()
 
 
+def test_slurm_s_commands_without_a_cluster_are_no_slurm(config: RunConfig, tmp_path: Path) -> None:
+    """What Debian's package says on a machine that belongs to no cluster; the real one does in tests/cluster."""
+    for program in ("squeue", "scontrol"):
+        said = f"{program}: error: _establish_config_source: failed to fetch config"
+        (tmp_path / program).write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        (tmp_path / program).chmod(0o755)
+    write_status(tmp_path / "out", "running")
+    env, here = {"PATH": f"{tmp_path}:/usr/bin:/bin"}, f"output.url={tmp_path}/out"
+    done = run("status", "run.yaml", here, env=env, cwd=tmp_path)
+    assert done.code == 0 and "running, step 3 of 3" in done.out and "SLURM" not in done.out + done.err
+    assert "asked to save and stop" in run("cancel", "run.yaml", here, env=env, cwd=tmp_path).out
+    asked = run("status", "run.yaml", here, "--on", "slurm", env=env, cwd=tmp_path)
+    assert "_establish_config_source" in asked.out + asked.err, "who asks for SLURM hears what it says"
+
+
 def test_a_slurm_that_does_not_answer_hides_no_run(config: RunConfig, tmp_path: Path) -> None:
     for program in ("squeue", "scontrol", "sacct"):
         (tmp_path / program).write_text("#!/bin/sh\necho 'error: Unable to contact slurm controller' >&2\nexit 1\n")

@@ -97,8 +97,16 @@ def nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "prepare", "message"),
     [
-        (["lora.rnak=8"], nothing, "ConfigError: 1 problem in {config}\n  lora.rnak: unknown name"),
-        (["lora.rank=0", "train.max_steps=x"], nothing, "ConfigError: 2 problems in {config}\n"),
+        (
+            ["lora.rnak=8"],
+            nothing,
+            "ConfigError: 1 problem in {config} and the settings behind it\n  lora.rnak: unknown name",
+        ),
+        (
+            ["lora.rank=0", "train.max_steps=x"],
+            nothing,
+            "ConfigError: 2 problems in {config} and the settings behind it\n",
+        ),
         ([], foreign, "OutputError: output.url: {output} holds files that are no run (thesis.tex)"),
     ],
 )

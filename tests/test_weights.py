@@ -105,6 +105,31 @@ def test_shares_of_any_number_of_ranks_join_to_the_whole_and_read_at_most_a_bloc
     assert torch.equal(torch.cat(scales), state.absmax)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_shares_of_a_tensor_that_lies_the_other_way_round_join_to_its_transpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    monkeypatch.setattr(weights, "CHUNK", 1024)
+    torch.manual_seed(0)
+    store, tensor = checkpoint(tmp_path, torch.randn(30, 50))
+    turned = whole_tensor(store).view(30, 50).T.contiguous()
+    packed, state = bnb.quantize_4bit(turned, quant_type="nf4")
+    shares = split(Share("w", tensor, 0, tensor.numel, True, unit=2, transposed=True), ranks)
+    how = Quantization(type="nf4", double_quant=False)
+    pieces = [piece for share in shares for piece in stream(store, [share], how, torch.float32, "cpu")]
+    assert torch.equal(torch.cat([piece.data for piece in pieces]), packed)
+    assert torch.equal(torch.cat([piece.state.absmax for piece in pieces]), state.absmax)  # type: ignore[union-attr]
+    assert {piece.state.shape for piece in pieces} == {(50, 30)}  # type: ignore[union-attr]
+    assert store.asked == sum(share.nbytes for share in shares) == ranks * tensor.nbytes
+    (whole,) = dequantized(
+        stream(store, [Share("w", tensor, 0, tensor.numel, True, transposed=True)], how, torch.float32, "cpu"),
+        torch.float32,
+    )
+    assert torch.equal(whole.data, bnb.dequantize_4bit(packed, state).T)
+    (row,) = stream(store, [shares[0]], Quantization(type="none"), torch.float32, "cpu")
+    assert torch.equal(row.data.flatten(), turned.flatten()[: shares[0].stop])
+
+
 def test_a_fingerprint_changes_with_any_byte_and_with_its_place() -> None:
     torch.manual_seed(0)
     data = torch.randint(0, 256, (40_003,), dtype=torch.uint8)

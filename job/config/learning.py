@@ -91,11 +91,15 @@ class Lora(Section):
     """Share of an adapter's inputs set to zero in training, 0 to 1; off is 0. Fixed."""
     targets: Fixed[Literal["all"] | list[str]] = "all"
     """Names of the linears that get an adapter, such as [q_proj, v_proj]; all means every linear except the
-    output layer. Fixed."""
+    output layer, and except the experts of a Mixture-of-Experts. A fused name of the model's authors
+    (query_key_value, c_attn) means its parts. Fixed."""
     bias: Fixed[Literal["none", "all", "lora_only"]] = "none"
     """Which bias vectors are trained too, by peft's names; off is none. Fixed."""
     rslora: Fixed[bool] = False
     """Scale by alpha / sqrt(rank) (arXiv:2312.03732); off (false) is alpha / rank. Fixed."""
+    share_a: Fixed[bool] = False
+    """One A for the parts of what the model's authors fused (query_key_value of ChatGLM, c_attn of Qwen): exported
+    under their names the adapter then has the rank asked for, not three times it; off (false) is one each. Fixed."""
     dora: Fixed[bool] = False
     """Train a magnitude beside each direction (arXiv:2402.09353), slower; off (false) is plain LoRA. Fixed."""
 
@@ -227,9 +231,12 @@ class Train(Section):
     bf16, or fp16 on a GPU without it. Fixed."""
     optimizer: Fixed[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]] = "adamw"
     """adamw is torch's; the others are bitsandbytes', with 8-bit moments, or pages that may leave the GPU. Fixed."""
-    recompute: Free[Literal["none", "full"]] = "full"
-    """full computes activations again in the backward pass, layer by layer: less memory, about a third more
-    work; off is none. Free."""
+    recompute: Free[Literal["auto", "none", "full"]] = "auto"
+    """full computes activations again in the backward pass, layer by layer: less memory, about a third more work. auto
+    is none where the plan says that a GPU holds all of them with room to spare, else full; off is none. Free."""
+    fused: Free[bool] = True
+    """Compute the adapter in one step with its linear, and the loss a chunk of positions at a time, where the model
+    allows it; off (false) leaves both to peft and torch. The numbers differ by rounding alone. Free."""
     seed: Fixed[int] = Field(default=42, ge=0, lt=2**31)
     """Seed of adapter initialisation, order and dropout. Fixed."""
     base_compute: Annotated[

@@ -69,11 +69,19 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> RunConfig:
         ) from fault
     except UnicodeDecodeError as fault:
         raise ConfigError(path, ["is no UTF-8 text. Give the path of a run file, see configs/"]) from fault
-    return parse_config(text, overrides, source=path)
+    words = list(overrides)
+    return parse_config(text, words, path, f"{path} and the settings behind it" if words else path)
 
 
-def parse_config(text: str, overrides: Iterable[str] = (), source: str = "the run file") -> RunConfig:
-    """Read a run file's text; see `load_config`."""
+def parse_config(
+    text: str, overrides: Iterable[str] = (), source: str = "the run file", sources: str | None = None
+) -> RunConfig:
+    """Read a run file's text; see `load_config`.
+
+    Args:
+        source: what messages call the text.
+        sources: what they call it together with the overrides; the same when left out.
+    """
     try:
         values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as fault:  # an impossible date is a ValueError
@@ -91,7 +99,7 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "the ru
     except ValidationError as invalid:
         faults += _sentences(invalid.errors())
     if faults:
-        raise ConfigError(source, faults)
+        raise ConfigError(sources or source, faults)
     return config
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from job.chat import ChatFormat, Encoded, encode, without_eos
+from job.chat import TURNS, ChatFormat, Encoded, encode, without_eos
 from job.config.learning import Data
 from job.data.rows import Row
 from job.data.truncate import fit, windows
@@ -88,12 +88,25 @@ class Encoder:
         if not any(part.learn and part.role != "markup" and part.content.strip() for part in segments):
             return [], "dropped: nothing to learn"
         try:
-            parts = encode(segments, self.tokenizer, self.chat)
+            made = [self._sequences(talk) for talk in self.talks(segments)]
         except ValueError as fault:
             raise DataError(f"{row.where}: {fault}") from fault
+        fate = next((fate for _, fate in made if fate != "kept"), "kept")
+        if fate == "kept" and segments != written:
+            fate = "kept without the eos text at the end"
+        elif fate == "kept" and len(made) > 1:
+            fate = "kept as a sequence for each answer"
+        return [parts for sequences, _ in made for parts in sequences], fate
+
+    def talks(self, segments: list[Segment]) -> list[list[Segment]]:
+        """The row as it is learnt: whole, or a conversation for each answer."""
+        return (self.chat.talks(segments) if segments[0].role in TURNS else []) or [segments]
+
+    def _sequences(self, segments: list[Segment]) -> tuple[list[list[Encoded]], str]:
+        parts = encode(segments, self.tokenizer, self.chat)
         limit = self.data.max_length
         if _length(parts) <= limit:
-            return [parts], "kept" if segments == written else "kept without the eos text at the end"
+            return [parts], "kept"
         if all(part.learn or part.markup for part in parts) and self.name == "text":
             ids = [token for part in parts for token in part.ids]
             whole = [window for window in windows(ids, limit) if len(window) > 1]  # one token predicts nothing

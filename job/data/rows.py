@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, cast
 
-import datasets
 import fsspec
 
 from job.config.running import Storage
 from job.data.files import COMPRESSED, ENDINGS, Row, ending, file_rows, plain, refuse_unknown_kind
 from job.errors import DataError
 from job.store import Store, fs_options, reason, without_query
+from job.telling import CHECK_BUCKET, telling
 
 __all__ = ["Row", "files_of", "is_hub_id", "named", "parted", "read_rows", "rows_of"]
 
@@ -65,6 +65,8 @@ def is_hub_id(source: str) -> bool:
 
 
 def _read_hub(name: str, split: str) -> list[Row]:
+    import datasets  # takes half a second, and rows in files need none of it
+
     try:
         found = datasets.load_dataset(name, split=split)
     except Exception as fault:  # the hub's client raises many kinds
@@ -77,6 +79,8 @@ def _read_hub(name: str, split: str) -> list[Row]:
 
 def _slice(rows: list[Row], split: str, source: str) -> list[Row]:
     """Apply `train[:1%]` by datasets' own rules; a file's rows are its split `train`."""
+    import datasets
+
     try:
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
     except (ValueError, AssertionError, KeyError) as fault:
@@ -94,7 +98,7 @@ def files_of(source: str, storage: Storage) -> list[str]:
     """
     if source.startswith(("http://", "https://")):
         return [source]
-    try:
+    with telling(DataError, source, CHECK_BUCKET):
         store = Store(source, storage)
         if any(sign in source for sign in "*?["):
             paths = sorted(str(path) for path in store.fs.glob(store.root))
@@ -102,8 +106,6 @@ def files_of(source: str, storage: Storage) -> list[str]:
             paths = [store.path(name) for name in store.names() if ending(name) in ENDINGS]
         else:
             paths = [store.root] if store.fs.exists(store.root) else []
-    except Exception as fault:  # every driver has its own errors
-        raise DataError(f"{source}: {reason(fault)}. Check the URL, the bucket and storage.endpoint") from fault
     if not paths:
         raise DataError(f"{source}: not found. Give a file, glob or folder of {', '.join(ENDINGS)}, or a hub id")
     return [store.fs.unstrip_protocol(path) for path in paths]

@@ -14,7 +14,7 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception)(: .*)?$|Traceback \(most recent ca
 _CHAINED = ("During handling of the above", "The above exception was", "Traceback (most recent call last)")
 _FOLLOWS = re.compile(
     r"another rank ended|lost_peer|ncclRemoteError|DistBackendError|[Cc]onnection (closed|reset|refused)|Broken pipe"
-    r"|Socket Timeout|DistNetworkError|DistStoreError"
+    r"|Socket Timeout|DistNetworkError|DistStoreError|Timed out waiting|caused connection abort"
 )
 """What ranks say that failed only because another one had."""
 

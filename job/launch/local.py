@@ -8,18 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from job.config import RunConfig
-from job.errors import InputError, Interrupted
+from job.errors import InputError, Interrupted, OutputError
+from job.launch.blame import first_failure
 from job.run_folder import RunFolder
 from job.stop import SIGNALS
 from job.world import ranks_on
 
 LAST_WORDS_S = 10.0
 """How long the others may go on when one worker has ended with a fault: they mostly have the same one."""
+LAST_LINES = 40
+"""What is shown of a worker that failed."""
 SECOND_CTRL_C_S = 5.0
 """How long a worker may take to say that it was stopped by a second Ctrl-C."""
 PARENT_DIED = 1
@@ -63,19 +67,46 @@ def start(config: RunConfig, words: Sequence[str], count: int, gpus: int, say: S
             }
             group = running[0].pid if running else 0  # its own, so that a terminal's Ctrl-C comes through here
             watch.add(_worker(words, env, group, Path(folder, str(rank)) if rank else None))
-        first = watch.until_the_end()
-        if first is None:
+        failed = watch.until_the_end()
+        codes = {rank: running[rank].returncode for rank in failed}
+        if not failed:
             return 0
-        code = running[first].returncode
-        if -code in watch.handed_on:
-            say(f"{signal.Signals(-code).name} came before the run began. Start it again when you like")
+        if -codes[failed[0]] in watch.handed_on:
+            say(f"{signal.Signals(-codes[failed[0]]).name} came before the run began. Start it again when you like")
             return Interrupted.exit_code
-        said = _last_words(running, first, folder)
-        if first or code < 0:  # the first worker has said for itself what was wrong
-            say(said)
-    if code not in (InputError.exit_code, Interrupted.exit_code):
-        RunFolder(config).abandon(said.splitlines()[0], begun)
+        code = _explain(config, codes, folder, begun, say)
     return 130 if watch.interrupts > 1 else max(code, 1)  # a signal's code is negative
+
+
+def _explain(config: RunConfig, codes: Mapping[int, int], folder: str, begun: datetime, say: Say) -> int:
+    """Say which worker failed first and what it said, and see that status.json knows; its exit code.
+
+    Args:
+        codes: exit codes of those that failed, first one that a signal ended.
+        folder: what they said.
+    """
+    first = next(iter(codes))
+    run = None
+    if codes[first] not in (InputError.exit_code, Interrupted.exit_code):
+        with suppress(OutputError):  # storage that cannot be reached may be why they failed
+            run = RunFolder(config)
+        status = run.status if run and run.status and datetime.fromisoformat(run.status.updated) >= begun else None
+        if codes[first] > 0 and (status is None or status.lost):
+            first = _first_to_fail(list(codes), folder)
+    code = codes[first]
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    alone = first > 0 or code < 0  # else the first worker has said for itself what was wrong
+    if alone:
+        say("\n".join([f"worker {first} {how}", *_lines_of(first, folder)[-LAST_LINES:]]))
+    if run and run.status and (alone or run.status.state == "running"):
+        run.abandon(f"worker {first} {how}", begun)
+    return code
+
+
+def _first_to_fail(failed: Sequence[int], folder: str) -> int:
+    """Of workers that ended with a fault: the first that names no other one's end as its cause."""
+    failure = first_failure({str(rank): "\n".join(_lines_of(rank, folder)) for rank in failed})
+    return failed[0] if failure is None or failure.follows else int(failure.rank)
 
 
 def _worker(words: Sequence[str], env: dict[str, str], group: int, quiet: Path | None) -> subprocess.Popen[bytes]:
@@ -111,8 +142,9 @@ class _Watch:
         for number in self.handed_on:
             worker.send_signal(number)
 
-    def until_the_end(self) -> int | None:
-        """Wait for all; the number of a worker that failed, None when none did."""
+    def until_the_end(self) -> list[int]:
+        """Wait for all; the numbers of those that failed, first one that was killed: it took the others with it,
+        whoever of them said so first."""
         failed: list[int] = []
         try:
             while None in [worker.poll() for worker in self.running]:  # each is asked, or none but the first ever ends
@@ -128,9 +160,7 @@ class _Watch:
             self._end()
             for number, handler in self.before.items():
                 signal.signal(number, handler)
-        # one that was killed took the others with it, whoever of them said so first
-        killed = [rank for rank in failed if self.running[rank].returncode < 0]
-        return next(iter(killed + failed), None)
+        return sorted(failed, key=lambda rank: self.running[rank].returncode >= 0)
 
     def _failed(self) -> list[int]:
         return [rank for rank, worker in enumerate(self.running) if worker.returncode]
@@ -151,11 +181,10 @@ class _Watch:
                 worker.wait()
 
 
-def _last_words(running: Sequence[subprocess.Popen[bytes]], rank: int, folder: str) -> str:
-    code = running[rank].returncode
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    text = Path(folder, str(rank)).read_text(errors="replace").strip().splitlines() if rank else []
-    return "\n".join([f"worker {rank} {how}", *(f"[{rank}] {line}" for line in text[-40:])])
+def _lines_of(rank: int, folder: str) -> list[str]:
+    """What a worker said, behind its number; nothing of the first, which speaks for itself."""
+    text = Path(folder, str(rank)).read_text(errors="replace").strip() if rank else ""
+    return [f"[{rank}] {line}" for line in text.splitlines()]
 
 
 def _free_port() -> int:

@@ -3,7 +3,8 @@
 from job.config.running import Storage
 from job.errors import OutputError
 from job.lease import STOP_KEY
-from job.store import Store, reason
+from job.store import Store
+from job.telling import telling
 
 WHAT_THEN = (
     "The run looks for it every 15 s, ends the step it is in, writes a checkpoint and the adapter, and ends as "
@@ -21,10 +22,6 @@ def ask_to_stop(url: str, storage: Storage | None) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    try:
+    cure = "Check the keys in the environment, or end the job at once with --now"
+    with telling(OutputError, f"output.url: {url}: {STOP_KEY} cannot be written", cure):
         Store(url, storage).write(STOP_KEY, b"qlora cancel\n")
-    except Exception as fault:  # every driver has its own errors
-        raise OutputError(
-            f"output.url: {url}: {STOP_KEY} cannot be written: {reason(fault)}. Check the keys in the environment, or "
-            "end the job at once with --now"
-        ) from fault

@@ -30,27 +30,24 @@ from job.preflight.findings import (
     report,
 )
 from job.preflight.judge import Verdict, judge
-from job.preflight.limit import within
-from job.preflight.meeting import GRACE_S, Ended, Meeting
-from job.preflight.probe import SMI_S, STORAGE_S, node_name, probe
+from job.preflight.limit import Budget, within
+from job.preflight.meeting import Ended, Meeting
+from job.preflight.probe import node_name, probe
 from job.preflight.rounds import Node, group_of, nodes_of, rounds_of
 from job.world import World
 
-LIMIT_S = 40.0
 SIZE = {"cuda": 256 << 20, "cpu": 4 << 20}
 """Bytes of an all-reduce: on a GPU enough that bandwidth counts and not latency."""
 TIMES = 5
-REPORT_S = STORAGE_S + 2 * SMI_S + GRACE_S
-"""What a node's report may take."""
-PARTING_S = 5.0
+PARTING_S = 2.0
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for: the run, seconds for each stage, names of the nodes in the order of ranks (or none), and the
-    port that the nodes' reports are to begin with."""
+    """What was asked for: the run, seconds for all stages together, names of the nodes in the order of ranks (or none),
+    and the port that the nodes' reports are to begin with."""
 
     config: RunConfig
     limit_s: float
@@ -70,14 +67,14 @@ def check(asked: Asked, world: World, say: Say) -> Verdict:
     Raises:
         JobError: the ranks cannot meet, or the first rank fell silent.
     """
-    device, fault = "cpu", ""
+    device, fault, budget = "cpu", "", Budget(asked.limit_s)
     try:
-        device = within(asked.limit_s, partial(this_hardware, world.local_rank)).device
+        device = within(budget.act_s / 2, partial(this_hardware, world.local_rank)).device
     except (JobError, RuntimeError, TimeoutError) as found:  # RuntimeError: CUDA's
         fault = _first_line(found)
-    meeting = Meeting(world, asked.limit_s)
+    meeting = Meeting(world, budget.left_s)
     try:
-        return _Check(asked, world, device, meeting).run(fault, say)
+        return _Check(asked, world, device, meeting, budget).run(fault, say)
     except Ended as ended:
         return Verdict({}, {}, [str(ended)])
     finally:
@@ -96,11 +93,13 @@ def leave(code: int) -> None:
 
 
 class _Check:
-    """The stages. In each, ranks post what they found, the first one decides, and all hear how to go on."""
+    """The stages. In each, ranks post what they found, the first one decides, and all hear how to go on. The time is
+    the first rank's: what is left of it when all have arrived is left to all."""
 
-    def __init__(self, asked: Asked, world: World, device: str, meeting: Meeting):
-        self.asked, self.world, self.device, self.meeting = asked, world, device, meeting
+    def __init__(self, asked: Asked, world: World, device: str, meeting: Meeting, budget: Budget):
+        self.asked, self.world, self.device, self.meeting, self.budget = asked, world, device, meeting, budget
         self.nodes: tuple[Node, ...] = ()
+        self.took: dict[str, float] = {}
 
     def run(self, fault: str, say: Say) -> Verdict:
         """All stages; see `check`."""
@@ -113,11 +112,12 @@ class _Check:
 
     def _arrive(self, fault: str) -> Verdict:
         """Who came, where, and on what."""
-        world, limit_s = self.world, self.asked.limit_s
+        world, limit_s = self.world, self.budget.left_s
         place = [node_name(os.environ), world.local_rank, self.device, fault]
         self.meeting.post("arrival", json.dumps(place))
         if world.rank:
-            told = json.loads(self.meeting.hear("arrival", 2 * limit_s + GRACE_S))
+            left_s, told = json.loads(self.meeting.hear("arrival", self._patience_s))
+            self.budget.give(left_s)
             self.nodes = tuple(Node(name, tuple(ranks)) for name, ranks in told)
             return Verdict({}, {})
         came = self.meeting.collect("arrival", range(world.world_size), limit_s)
@@ -128,45 +128,58 @@ class _Check:
             places = [json.loads(came[rank]) for rank in range(world.world_size)]
             self.nodes = nodes_of([(name, local) for name, local, _, _ in places], self.asked.nodes)
             verdict = judge_devices(self.nodes, [(device, why) for _, _, device, why in places])
-        self.meeting.decide(
-            "arrival", json.dumps([(node.name, node.ranks) for node in self.nodes]) if verdict.ok else ""
-        )
+        self._took("arrival")
+        word = [self.budget.left_s, [(node.name, node.ranks) for node in self.nodes]]
+        self.meeting.decide("arrival", json.dumps(word) if verdict.ok else "")
         return verdict
 
     def _compare(self, say: Say) -> Verdict:
         """What the nodes say about themselves, each by its first rank."""
-        firsts = {node.ranks[0]: node.name for node in self.nodes}
+        if late := self._late("reports"):
+            return late
+        firsts, limit_s = {node.ranks[0]: node.name for node in self.nodes}, self.budget.act_s
         if self.world.rank in firsts:
-            self.meeting.post("reports", probe(self.asked.config, os.environ, self.asked.port, say).to_json())
+            asked, answers_s = self.asked, limit_s - self.budget.margin_s / 2
+            with suppress(TimeoutError):  # a driver that hangs; the first rank misses the report
+                found = within(limit_s, lambda: probe(asked.config, os.environ, asked.port, say, answers_s))
+                self.meeting.post("reports", found.to_json())
         if self.world.rank:
-            self.meeting.hear("reports", REPORT_S + GRACE_S)
+            self.meeting.hear("reports", self._patience_s)
             return Verdict({}, {})
-        came = self.meeting.collect("reports", firsts, REPORT_S)
-        silent = {name: [f"no report within {REPORT_S:g} s"] for rank, name in firsts.items() if rank not in came}
+        came = self.meeting.collect("reports", firsts, self.budget.left_s)
+        silent = {name: [f"no report within {limit_s:.0f} s"] for rank, name in firsts.items() if rank not in came}
         facts = [_launched(Facts.parse(line), firsts[rank]) for rank, line in came.items()]
         verdict = Verdict(silent, {}).joined(judge(facts, ()))
+        self._took("reports")
         self.meeting.decide("reports", "on" if verdict.ok else "")
         return verdict
 
     def _exchange(self, say: Say) -> Verdict:
         """All rounds, as far as they can go."""
-        opened = self._stage("the opening of the group", self._open)
+        opening = "opening"
+        if late := self._late(opening):
+            return late
+        opened = self._stage(opening, self._open)
         if self.world.rank == 0 and broken(opened, self.world.world_size):
-            return judge_opening(self.nodes, opened, self.asked.limit_s)
+            return judge_opening(self.nodes, opened)
         results = []
-        for number, round_ in enumerate(rounds_of(self.nodes)):
+        for round_ in rounds_of(self.nodes):
+            if late := self._late(round_.name):
+                break
             group = group_of(round_, self.world.rank)
             act = partial(exchange, group.ranks, self.world, self.device) if group else Found
-            found = self._stage(f"round {number} ({round_.name})", act)
+            found = self._stage(round_.name, act)
             results.append((round_, found))
             if self.world.rank == 0 and broken(found, self.world.world_size):
                 break
         if self.world.rank:
-            self.meeting.hear("verdict", GRACE_S)
+            self.meeting.hear("verdict", self._patience_s)
             return Verdict({}, {})
         for line in report(SIZE[self.device], results):
             say(line)
-        verdict = judge_rounds(self.nodes, results, self.device == "cuda", self.asked.limit_s)
+        if self.world.world_size > 1:
+            say(f"  seconds: {', '.join(f'{stage} {took_s:.1f}' for stage, took_s in self.took.items())}")
+        verdict = judge_rounds(self.nodes, results, self.device == "cuda").joined(late or Verdict({}, {}))
         self.meeting.decide("verdict", "on" if verdict.ok else "")
         return verdict
 
@@ -176,21 +189,45 @@ class _Check:
 
     def _stage(self, stage: str, act: Callable[[], Found]) -> dict[int, Found]:
         """What each rank's `act` found, on the first rank; the others have their own alone."""
+        limit_s = self.budget.act_s
         try:
-            mine = within(self.asked.limit_s, act)
+            mine = within(limit_s, act)
         except TimeoutError:
-            mine = Found(fault=hung(self.asked.limit_s))
+            mine = hung(limit_s)
         except Exception as fault:  # torch and its backends raise many kinds
             mine = Found(fault=_first_line(fault), lost_peer=lost_peer(fault))
         self.meeting.post(stage, mine.to_json())
-        limit_s = self.asked.limit_s + GRACE_S
         if self.world.rank:
-            self.meeting.hear(stage, limit_s + GRACE_S)
+            self.meeting.hear(stage, self._patience_s)
             return {self.world.rank: mine}
-        notes = self.meeting.collect(stage, range(self.world.world_size), limit_s)
+        notes = self.meeting.collect(stage, range(self.world.world_size), self.budget.left_s)
         found = {rank: read_found(note) for rank, note in notes.items()}
+        self._took(stage)
         self.meeting.decide(stage, "" if broken(found, self.world.world_size) else "on")
         return found
+
+    @property
+    def _patience_s(self) -> float:
+        """How long to wait for the first rank's word, which comes by the end of the time: then it is gone."""
+        return self.budget.left_s + self.budget.margin_s + PARTING_S
+
+    def _took(self, stage: str) -> None:
+        self.took[stage] = self.budget.passed_s - sum(self.took.values())
+
+    def _late(self, stage: str) -> Verdict | None:
+        """The end of the check on the first rank, when too little time is left for a stage to tell good from bad."""
+        if self.world.rank or not self.budget.short:
+            return None
+        self.meeting.decide(stage, "")
+        most = max(self.took, key=lambda name: self.took[name])
+        return Verdict(
+            {},
+            {},
+            [
+                f"the check stopped before its stage {stage!r}: of {self.budget.seconds:.0f} s for all of them, {most} "
+                f"took {self.took[most]:.0f} s. Give it more (--timeout; on SLURM QLORA_PREFLIGHT_S)"
+            ],
+        )
 
 
 def exchange(ranks: Sequence[int], world: World, device: str) -> Found:

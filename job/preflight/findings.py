@@ -28,6 +28,8 @@ class Found:
     fault: str = ""
     lost_peer: bool = False
     """Whether the fault is another rank's end."""
+    late: bool = False
+    """Whether the fault is no more than that it did not end in time."""
 
     def to_json(self) -> str:
         """For the store."""
@@ -49,7 +51,8 @@ def absent(ranks: Iterable[int], size: int, here: int, named: Sequence[str], lim
         nodes.setdefault(name, []).append(rank)
     cure = "Look whether it is up, runs the command and can reach the first node"
     return Verdict(
-        {name: [f"{_ranks(missing)} did not come within {limit_s:g} s. {cure}"] for name, missing in nodes.items()}, {}
+        {name: [f"{_ranks(missing)} did not come within {limit_s:.0f} s. {cure}"] for name, missing in nodes.items()},
+        {},
     )
 
 
@@ -67,31 +70,35 @@ def judge_devices(nodes: Sequence[Node], devices: Sequence[tuple[str, str]]) -> 
     return Verdict(_by_node(said, {rank: node.name for node in nodes for rank in node.ranks}), {})
 
 
-def judge_opening(nodes: Sequence[Node], found: Mapping[int, Found], limit_s: float) -> Verdict:
+def judge_opening(nodes: Sequence[Node], found: Mapping[int, Found]) -> Verdict:
     """Who kept the ranks from opening their group: those that are gone, else those that failed by themselves, else
     nobody in particular.
 
     Args:
         found: what each rank found; those that do not say are gone.
-        limit_s: seconds that a rank had for it.
     """
     home = {rank: node.name for node in nodes for rank in node.ranks}
     gone = [rank for rank in home if rank not in found]
     if gone:
         return Verdict(_by_node(dict.fromkeys(gone, "ended, or fell silent, when the group was opened"), home), {})
     failed = {rank: one for rank, one in found.items() if one.fault}
-    own = _by_themselves(failed, limit_s)
+    own = _by_themselves(failed)
     if own and len(own) < len(found):
         said = {rank: f"the group could not be opened: {one.fault}" for rank, one in own.items()}
         return Verdict(_by_node(said, home), {})
     cure = "Look at the network between the nodes; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name its interface"
-    whys = {one.fault for one in failed.values()}
+    whys = {one.fault for one in failed.values()} if own else {_common(failed)}
     return Verdict({}, {}, [f"the group of all ranks could not be opened: {why}. {cure}" for why in sorted(whys)])
 
 
-def _by_themselves(failed: Mapping[int, Found], limit_s: float) -> dict[int, Found]:
+def _by_themselves(failed: Mapping[int, Found]) -> dict[int, Found]:
     """Those that waited for nobody."""
-    return {rank: one for rank, one in failed.items() if not one.lost_peer and one.fault != hung(limit_s)}
+    return {rank: one for rank, one in failed.items() if not one.lost_peer and not one.late}
+
+
+def _common(failed: Mapping[int, Found]) -> str:
+    """What those say that waited for others: the first one's words, for all of them mean the same."""
+    return failed[min(failed)].fault
 
 
 def broken(found: Mapping[int, Found], size: int) -> bool:
@@ -99,41 +106,39 @@ def broken(found: Mapping[int, Found], size: int) -> bool:
     return len(found) < size or any(one.fault for one in found.values())
 
 
-def judge_rounds(nodes: Sequence[Node], results: Results, strict: bool, limit_s: float) -> Verdict:
+def judge_rounds(nodes: Sequence[Node], results: Results, strict: bool) -> Verdict:
     """What the rounds say about the nodes.
 
     Args:
         strict: whether a slow node is a fault; else it is a warning, for CPUs are shared.
-        limit_s: seconds that a rank had for a round.
     """
     home = {rank: node.name for node in nodes for rank in node.ranks}
     verdict = Verdict({}, {})
     for round_, found in results:
         for group in round_.groups:
             if any(rank not in found or found[rank].fault for rank in group.ranks):
-                verdict = verdict.joined(_unfinished(group, found, home, limit_s))
+                verdict = verdict.joined(_unfinished(group, found, home))
         verdict = verdict.joined(Verdict(_by_node(_own_faults(round_, found), home), {}))
     verdict = verdict.joined(_wrong_sums(results))
     slow = _slow(results)
     return verdict.joined(Verdict(slow, {}) if strict else Verdict({}, slow))
 
 
-def _unfinished(group: Group, found: Mapping[int, Found], home: Mapping[int, str], limit_s: float) -> Verdict:
+def _unfinished(group: Group, found: Mapping[int, Found], home: Mapping[int, str]) -> Verdict:
     """Who of a group kept it from ending: those that are gone, else those that failed by themselves, else all."""
     gone = [rank for rank in group.ranks if rank not in found]
     if gone:
         return Verdict(_by_node(dict.fromkeys(gone, "ended, or fell silent, in the all-reduce"), home), {})
     failed = {rank: found[rank] for rank in group.ranks if found[rank].fault}
-    own = _by_themselves(failed, limit_s)
+    own = _by_themselves(failed)
     if own:
         return Verdict(_by_node({rank: f"the all-reduce failed: {one.fault}" for rank, one in own.items()}, home), {})
-    why = next(iter(failed.values())).fault
-    return _blamed(group, f"the all-reduce of {group} failed: {why}")
+    return _blamed(group, f"the all-reduce of {group} failed: {_common(failed)}")
 
 
-def hung(limit_s: float) -> str:
-    """The fault of a rank whose all-reduce did not end."""
-    return f"no end within {limit_s:g} s"
+def hung(limit_s: float) -> Found:
+    """What a rank found whose exchange did not end."""
+    return Found(fault=f"no end within {limit_s:.0f} s", late=True)
 
 
 def _blamed(group: Group, sentence: str) -> Verdict:

@@ -11,8 +11,6 @@ from job.errors import JobError
 from job.group import meet
 from job.world import World
 
-GRACE_S = 10.0
-"""What is waited for the others beyond the time that each of them may take."""
 PAUSE_S = 0.1
 
 

@@ -18,13 +18,12 @@ from job import __version__
 from job.config import RunConfig, without_signatures
 from job.hardware import count_gpus
 from job.preflight.facts import Address, Clock, Facts, Gpu, promised, visible
-from job.preflight.limit import within
+from job.preflight.limit import begin
 from job.preflight.reach import storage_fault
 
 PORT = 29500
 """torch's own default."""
-STORAGE_S = 30.0
-SMI_S = 15.0
+LIMIT_S = 25.0
 LIBRARIES = ("transformers", "peft", "bitsandbytes", "deepspeed")
 HELD_DOWN = {"hw_thermal_slowdown": "hw_thermal_slowdown", "hw_power_brake_slowdown": "hw_power_brake"}
 """nvidia-smi's names, and ours."""
@@ -32,23 +31,24 @@ HELD_DOWN = {"hw_thermal_slowdown": "hw_thermal_slowdown", "hw_power_brake_slowd
 Say = Callable[[str], None]
 
 
-def probe(config: RunConfig, env: Mapping[str, str], port: int, say: Say) -> Facts:
-    """This node's facts; within about 45 s even where storage and driver hang.
+def probe(config: RunConfig, env: Mapping[str, str], port: int, say: Say, limit_s: float = LIMIT_S) -> Facts:
+    """This node's facts.
 
     Args:
         env: the environment.
         port: the wanted one; the first free one from there on is told.
         say: hears why something could not be asked.
+        limit_s: seconds that storage and nvidia-smi have for their answers, at the same time.
     """
-    clocks, driver = _clocks(say)
+    ends = time.monotonic() + limit_s
+    asked = begin(lambda: storage_fault(config))
+    clocks, driver = _clocks(say, limit_s)
     shm = _shm()
     memory = psutil.virtual_memory()
     try:
-        storage = within(STORAGE_S, lambda: storage_fault(config))
+        storage = asked(max(ends - time.monotonic(), 0.0))
     except TimeoutError:
-        storage = (
-            f"data.train or output.url did not answer within {STORAGE_S:.0f} s. Check storage.endpoint and proxies"
-        )
+        storage = f"data.train or output.url did not answer within {limit_s:.0f} s. Check storage.endpoint and proxies"
     return Facts(
         node=node_name(env),
         visible=visible(env),
@@ -99,14 +99,17 @@ def _gpus(say: Say) -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _clocks(say: Say) -> tuple[tuple[Clock, ...], str]:
+def _clocks(say: Say, limit_s: float) -> tuple[tuple[Clock, ...], str]:
     """The clocks of the GPUs that torch sees, in its order (all that nvidia-smi shows, where they cannot be matched),
     and the driver's version; empty without nvidia-smi."""
+    ends = time.monotonic() + limit_s
+    words = ["nvidia-smi", "--format=csv,noheader,nounits"]
     for reasons in ("clocks_event_reasons", "clocks_throttle_reasons"):  # drivers before 535 know the second alone
         asked = ["uuid", "driver_version", "clocks.max.sm", *(f"{reasons}.{name}" for name in HELD_DOWN)]
-        words = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"]
+        query = f"--query-gpu={','.join(asked)}"
+        left_s = max(ends - time.monotonic(), 0.1)
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=SMI_S)  # noqa: S603
+            done = subprocess.run([*words, query], capture_output=True, text=True, timeout=left_s)  # noqa: S603
         except FileNotFoundError:
             return (), ""
         except (OSError, subprocess.TimeoutExpired) as fault:

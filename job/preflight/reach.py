@@ -9,6 +9,7 @@ from job.errors import DataError, JobError, OutputError
 from job.lease import FOLDER, prove_conditional_puts
 from job.run_folder import RunFolder
 from job.store import Store, reason, without_query
+from job.telling import telling
 
 
 def storage_fault(config: RunConfig) -> str:
@@ -59,11 +60,10 @@ def _prove_writable(config: RunConfig) -> None:
         return
     name = f"{FOLDER}/{uuid4().hex}.probe"
     try:
-        folder.store.write(name, b"preflight")
-        if folder.store.read(name) != b"preflight":
-            raise OSError("what was written came back as something else")
-    except Exception as fault:  # every driver has its own errors
-        raise OutputError(f"output.url: {config.output.url} cannot be written: {reason(fault)}") from fault
+        with telling(OutputError, f"output.url: {config.output.url} cannot be written", cure=""):
+            folder.store.write(name, b"preflight")
+            if folder.store.read(name) != b"preflight":
+                raise OSError("what was written came back as something else")
     finally:
         with suppress(Exception):
             folder.store.remove(name, missing_ok=True)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,26 @@ from job.preflight.probe import probe
 from job.world import World, ranks_on, started_by_launcher
 
 Say = Callable[[str], None]
-ALL_STAGES = 10
-"""A worker ends by itself after fewer stages than that, each of which has a time limit."""
+ENDING_S = 60.0
+"""A worker ends by itself within that time after the check's."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command's: print the node's line alone; the wanted port; seconds a stage; nodes in the order of ranks; file
-    for the verdict."""
+    """The command's: print the node's line alone; the wanted port; seconds for all of it; nodes in the order of ranks;
+    file for the verdict; Unix seconds by which all of it is to be over, 0 for no such time."""
 
     report: bool
     port: int
     timeout_s: float
     nodes: Sequence[str]
     verdict: Path | None
+    until: float = 0.0
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds from now on."""
+        return max(self.until - time.time(), 1.0) if self.until else self.timeout_s
 
 
 def preflight(
@@ -48,13 +55,13 @@ def preflight(
         JobError: ranks cannot meet, or do not end; the verdict's file cannot be written.
     """
     if options.report:
-        show(probe(config, os.environ, options.port, say).to_json())
+        show(probe(config, os.environ, options.port, say, options.limit_s).to_json())
         return 0
     if started_by_launcher(os.environ):
         from job.preflight.collective import Asked, check, leave  # deepspeed, which a report can do without
 
         world = World.from_env(os.environ, local_rank)
-        asked = Asked(config, options.timeout_s, options.nodes, options.port)
+        asked = Asked(config, options.limit_s, options.nodes, options.port)
         verdict = check(asked, world, show if world.speaks else say)
         if world.speaks:
             _tell(verdict, options, show)
@@ -63,7 +70,7 @@ def preflight(
     count = ranks_on(config.parallel.processes, count_gpus())
     if count > 1:
         return _workers(count, words, options)
-    verdict = judge([probe(config, os.environ, options.port, say)], ())
+    verdict = judge([probe(config, os.environ, options.port, say, options.limit_s)], ())
     _tell(verdict, options, show)
     return 0 if verdict.ok else 1
 
@@ -83,7 +90,7 @@ def _tell(verdict: Verdict, options: Options, show: Say) -> None:
 
 
 def _workers(count: int, words: Sequence[str], options: Options) -> int:
-    """The check in workers of this machine; each ends by itself, for all its stages have a time limit."""
+    """The check in workers of this machine; each ends by itself, for the check has a time limit."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -94,7 +101,7 @@ def _workers(count: int, words: Sequence[str], options: Options) -> int:
             numbers = {name: str(n) for name, n in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
             env = {"OMP_NUM_THREADS": "1", **os.environ, **numbers}
             running.append(subprocess.Popen([sys.executable, "-m", "job", *words], env=env))  # noqa: S603 - ourselves
-        codes = [worker.wait(ALL_STAGES * options.timeout_s) for worker in running]
+        codes = [worker.wait(options.limit_s + ENDING_S) for worker in running]
     except subprocess.TimeoutExpired as fault:
         raise JobError("preflight: a worker does not end by itself. Look at its GPU's driver (dmesg)") from fault
     finally:

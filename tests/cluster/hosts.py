@@ -33,6 +33,10 @@ PACKAGES = {
     "slurmd": "slurmd",
     "sbatch": "slurm-client",
     "shellcheck": "shellcheck",
+    "debootstrap": "debootstrap",
+    "buildah": "buildah",
+    "podman": "podman",
+    "runc": "runc",
 }
 """The commands that it takes, and Debian's packages that bring them."""
 

@@ -82,7 +82,7 @@ class RayCluster:
         self.nodes[number].wait()
 
     def qlora(self, *words: str | Path, cwd: Path | None = None, **more: str) -> "subprocess.CompletedProcess[str]":
-        """The command, as a client of this cluster."""
+        """The command, as a client of this cluster; `more` is for its environment, "" to leave a variable out."""
         return self.run(sys.executable, "-m", "job", *words, cwd=cwd, **more)
 
     def run(self, *words: str | Path, cwd: Path | None = None, **more: str) -> "subprocess.CompletedProcess[str]":
@@ -93,7 +93,7 @@ class RayCluster:
             text=True,
             timeout=240,
             cwd=cwd or REPOSITORY,
-            env={**self.env, **more},
+            env={name: value for name, value in {**self.env, **more}.items() if value or name not in more},
         )
 
     def pids(self, *words: str) -> list[int]:

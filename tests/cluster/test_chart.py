@@ -59,7 +59,7 @@ def core(manifests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             continue
         spec = manifest["spec"]
         cluster = spec["rayClusterSpec"]
-        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        groups = [cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])]
         for template in [spec["submitterPodTemplate"], *(group["template"] for group in groups)]:
             metadata = {"name": "pod", **template.get("metadata", {})}
             yield {"apiVersion": "v1", "kind": "Pod", **template, "metadata": metadata}

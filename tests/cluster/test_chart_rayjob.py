@@ -163,9 +163,11 @@ def test_the_name_changes_with_what_a_cluster_is_made_of_and_with_nothing_else()
     assert job_name(backoffLimit=5, ttlSecondsAfterFinished=1, suspend=True, activeDeadlineSeconds=9) == name
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/runs/first", "s3://bucket/runs/first//", "file:///cache/runs/first/"])
+@pytest.mark.parametrize("url", ["s3://bucket/runs/first", "s3://bucket/runs/first//", "file:///shared/runs/first/"])
 def test_status_logs_and_cancel_find_the_job_by_its_output(url: str) -> None:
-    values = helm.real(config=yaml.safe_dump({"output": {"url": url}}), cache={"existingClaim": "weights"})
+    claim = {"persistentVolumeClaim": {"claimName": "runs"}}
+    shared = [{"name": "shared", "mountPath": "/shared", "source": claim}]
+    values = helm.real(config=yaml.safe_dump({"output": {"url": url}}), volumes=shared)
     metadata = helm.rayjob(values)["metadata"]
     assert metadata["labels"][RUN_LABEL] == tag(address(url))
     assert metadata["annotations"] == {OUTPUT_NOTE: address(url)}

@@ -22,13 +22,14 @@ def pods(manifests: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every pod's template, by what the pod is."""
     spec = helm.only(manifests, "RayJob")["spec"]
     cluster = spec["rayClusterSpec"]
-    [workers] = cluster["workerGroupSpecs"]
-    return {
+    found = {
         "submitter": spec["submitterPodTemplate"],
         "head": cluster["headGroupSpec"]["template"],
-        "worker": {**workers["template"], "spec": with_kuberays_own(workers["template"]["spec"])},
         "smoke": helm.only(manifests, "Pod"),
     }
+    for workers in cluster.get("workerGroupSpecs", []):
+        found["worker"] = {**workers["template"], "spec": with_kuberays_own(workers["template"]["spec"])}
+    return found
 
 
 @pytest.mark.parametrize("values", GOOD, ids=named)
@@ -41,7 +42,7 @@ def test_every_container_passes_pod_security_restricted(values: Path) -> None:
 
 
 def test_what_restricted_refuses_is_found() -> None:
-    spec = pods(helm.template())["worker"]["spec"]
+    spec = pods(helm.template(helm.real()))["worker"]["spec"]
     container = spec["containers"][0]
     bare = {**spec, "securityContext": {}, "hostNetwork": True, "volumes": [{"name": "x", "hostPath": {"path": "/"}}]}
     ports = [{"hostPort": 1, "containerPort": 1}]
@@ -141,12 +142,15 @@ def test_a_secret_among_plain_variables_is_refused_without_being_said(name: str)
         "hf_" + "a1" * 17,
     ],
 )
-@pytest.mark.parametrize("place", ["config", "settings"])
+@pytest.mark.parametrize("place", ["config", "settings", "env"])
 def test_a_secret_in_the_run_is_refused_without_being_said(place: str, text: str) -> None:
     values = helm.real(settings=[f"data.train={text}"])
     if place == "config":
         values = helm.real(config=yaml.safe_dump({"data": {"train": text}, "output": {"url": "s3://b/x"}}))
-    with pytest.raises(ValueError, match="holds a password, a key or a signed address") as refused:
+    if place == "env":
+        values = helm.real(env={"WHERE": text})
+    said = "env: WHERE looks like a secret" if place == "env" else "holds a password, a key or a signed address"
+    with pytest.raises(ValueError, match=said) as refused:
         helm.template(values)
     assert text not in str(refused.value)
 

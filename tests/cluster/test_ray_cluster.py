@@ -3,17 +3,20 @@
 import json
 import os
 import re
+import shlex
 import signal
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import Result
 
 from tests.cluster.ray_cluster import BIN, RayCluster, ray_cluster
+from tests.cluster.ray_secrets import ask, told
 from tests.conftest import losses, metrics, qlora
 from tests.s3 import BUCKET, S3, SECRET
 
@@ -60,7 +63,7 @@ def wait_for(cluster: RayCluster, what: Callable[[], Any], timeout_s: float = 12
     while not (found := what()):
         if time.monotonic() > end:
             jobs = cluster.qlora("status", "--on", "ray").stdout
-            number = re.search(r"job (qlora-\S+): ", jobs)
+            number = re.search(r"job (\S+): ", jobs)
             logs = cluster.qlora("logs", "--on", "ray", "--job", number[1]).stdout if number else ""
             raise AssertionError(f"{jobs}\n{logs[-6000:]}")
         time.sleep(0.05)
@@ -105,16 +108,80 @@ def test_ray_job_submit_runs_the_installed_package_and_a_killed_rank_loses_nothi
     assert sent.returncode == 0, sent
     wait_for(cluster, lambda: [path for path in s3.fs().find(f"{out}/checkpoints") if path.endswith("manifest.json")])
     os.kill(rank(cluster, 1), signal.SIGKILL)
-    code, said = followed(cluster, config, *there, "--job", "plain")
+    code, said = followed(cluster, config, *there)
     assert code == 0 and "going on after step" in said and "2 workers of 1 CPU on Ray" in said, said[-5000:]
+    assert "job plain: SUCCEEDED" in cluster.qlora("status", config, *there, "--on", "ray").stdout
     rows = [json.loads(line) for line in s3.fs().cat_file(f"{out}/metrics.jsonl").splitlines()]
-    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(whole, rel=1e-5)
+    trained = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert list(trained.values()) == pytest.approx(whole, rel=1e-5)
     assert s3.fs().size(f"{out}/adapter/adapter_model.safetensors") > 10_000
-    assert SECRET not in said and cluster.env["RAY_AUTH_TOKEN"] not in said
-    pointers = [json.loads(s3.fs().cat_file(path)) for path in s3.fs().find(f"{out}/ray") if path.endswith("nt.json")]
-    newest = max(pointers, key=lambda one: one["step"])
+    (experiment,) = s3.fs().ls(f"{out}/ray", detail=False)
+    result = Result.from_path(experiment, storage_filesystem=PyFileSystem(FSSpecHandler(s3.fs())))
+    assert result.metrics["step"] == STEPS
+    shown = [row for _, row in result.best_checkpoints if "loss" in row]  # of the last row it is only that all is saved
+    assert shown and [row["loss"] for row in shown] == pytest.approx([trained[row["step"]] for row in shown], rel=1e-5)
+    with result.checkpoint.as_directory() as folder:
+        newest = json.loads(Path(folder, "checkpoint.json").read_text())
     assert newest == {"url": f"s3://{out}/checkpoints/step-{STEPS:08d}", "step": STEPS}
     assert s3.fs().exists(f"{newest['url']}/manifest.json")
+    assert told(cluster, s3, out, SECRET) == []
+
+
+def test_a_job_of_ray_job_submit_is_found_by_its_run_and_tells_no_secret_while_it_goes(
+    run_of: RunFile, cluster: RayCluster, tmp_path: Path, s3: S3
+) -> None:
+    config = run_of("found", max_steps=100_000)
+    (tmp_path / "run.yaml").write_text(config.read_text())
+    out = f"{BUCKET}/found"
+    there = [f"output.url=s3://{out}", EVERY, *(f"storage.{name}={value}" for name, value in s3.storage.items())]
+    command = ("qlora", "train", "--on", "ray", "run.yaml", *there)
+    sent = cluster.run(
+        *(
+            BIN / "ray",
+            "job",
+            "submit",
+            "--no-wait",
+            "--submission-id",
+            "found",
+            "--working-dir",
+            tmp_path,
+            "--",
+            *command,
+        )
+    )
+    assert sent.returncode == 0, sent
+    twice = cluster.qlora("submit", "ray", config, *there)
+    assert twice.returncode == 2 and re.search(rf"job found of s3://{out} is (PENDING|RUNNING) already", twice.stderr)
+    wait_for(cluster, lambda: [path for path in s3.fs().find(f"{out}/checkpoints") if path.endswith("manifest.json")])
+    assert told(cluster, s3, out, SECRET) == []
+    assert "job found: RUNNING" in cluster.qlora("status", "--on", "ray").stdout
+    assert "job found was asked to save" in cluster.qlora("cancel", config, *there, "--on", "ray").stdout
+    code, said = followed(cluster, config, *there)
+    assert code == 1 and "interrupted (a stop key)" in said and "job found: FAILED" in said, said[-3000:]
+
+
+def test_a_folder_goes_without_its_env_files_and_is_sent_by_whoever_has_no_keys(
+    run_of: RunFile, cluster: RayCluster, tmp_path: Path, s3: S3
+) -> None:
+    (tmp_path / "run.yaml").write_text(run_of("folder").read_text())
+    (tmp_path / "more").mkdir()
+    for name in (".env", ".env.local", "more/.env", "more/rows.txt"):
+        (tmp_path / name).write_text("HF_TOKEN=planted-in-a-file\n" if "env" in name else "rows\n")
+    out = f"{BUCKET}/folder"
+    there = [f"output.url=s3://{out}", *(f"storage.{name}={value}" for name, value in s3.storage.items())]
+    no_keys = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SHARED_CREDENTIALS_FILE": "/none"}
+    words = ("submit", "ray", tmp_path / "run.yaml", *there, "--working-dir", tmp_path)
+    sent = cluster.qlora(*words, **no_keys)
+    assert sent.returncode == 0, sent
+    assert f"Warning: output.url: s3://{out}: no keys" in sent.stderr
+    assert "It was not looked into: the cluster does that, with keys of its own" in sent.stderr
+    verbs = [shlex.split(line) for line in sent.stdout.splitlines()[1:]]
+    assert [verb[:2] for verb in verbs] == [["qlora", "status"], ["qlora", "logs"], ["qlora", "cancel"]]
+    done = cluster.qlora(*verbs[1][1:])
+    assert done.returncode == 0, done
+    unpacked = [path.name for path in cluster.folder.rglob("working_dir_files/*/*") if "metrics" not in path.name]
+    assert "run.yaml" in unpacked and "more" in unpacked
+    assert told(cluster, s3, out, SECRET, "planted-in-a-file") == []
 
 
 def test_after_the_death_of_a_worker_a_node_and_the_driver_the_losses_are_the_same(
@@ -154,10 +221,7 @@ def test_a_run_is_watched_and_asked_to_stop(run_of: RunFile, cluster: RayCluster
     assert re.search(r"running, step \d+ of 100000, loss", said) and f"job {job}: RUNNING" in said
     (row,) = json.loads(cluster.qlora("status", config, "--on", "ray", "--json").stdout)
     assert row["run"]["status"]["state"] == "running" and row["job"]["submission_id"] == job
-    request = urllib.request.Request(f"{cluster.server}/api/train/v2/runs/v1")
-    request.add_header("Authorization", f"Bearer {cluster.env['RAY_AUTH_TOKEN']}")
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        shown = json.loads(answer.read())["train_runs"]
+    shown = json.loads(ask(cluster, "train/v2/runs/v1"))["train_runs"]
     assert any(run["name"].startswith("stopped-") and run["status"] == "RUNNING" for run in shown), shown
     assert "was asked to save and stop" in cluster.qlora("cancel", config, "--on", "ray").stdout
     code, said = followed(cluster, config)
@@ -195,6 +259,24 @@ def test_workers_that_never_come_end_in_a_sentence(run_of: RunFile, cluster: Ray
     assert not (config.with_suffix("") / "status.json").exists()
 
 
+def test_a_lost_node_in_whose_place_none_comes_ends_in_a_sentence_after_one_wait(
+    run_of: RunFile, cluster: RayCluster
+) -> None:
+    config = run_of("no-other", max_steps=100_000)
+    job = submit(cluster, config, EVERY, "--wait-minutes", "0.4")
+    wait_for(cluster, lambda: newest_step(config) >= 6)
+    cluster.kill(len(cluster.nodes) - 1)
+    try:
+        code, said = followed(cluster, config, EVERY)
+    finally:
+        cluster.add_node()
+    assert code == 1 and f"job {job}: FAILED" in said, said[-5000:]
+    assert "JobError" in said and "2 workers of 1 CPU could not be placed within 0.4 min. The cluster has " in said
+    assert "the workers are started again" not in said and "what failed first" not in said, said[-5000:]
+    (row,) = json.loads(cluster.qlora("status", config, "--on", "ray", "--json").stdout)
+    assert row["run"]["status"]["state"] == "failed" and "could not be placed" in row["run"]["status"]["reason"]
+
+
 def test_a_server_that_is_not_there_or_refuses_is_said(run_of: RunFile, cluster: RayCluster) -> None:
     config = run_of("nowhere")
     done = cluster.qlora("submit", "ray", config, "--address", "http://127.0.0.1:9")
@@ -204,3 +286,8 @@ def test_a_server_that_is_not_there_or_refuses_is_said(run_of: RunFile, cluster:
     assert "f" * 64 not in done.stderr
     missing = cluster.qlora("train", "--on", "ray", config, RAY_ADDRESS="127.0.0.1:9")
     assert missing.returncode == 2 and "no Ray cluster can be joined from here" in missing.stderr, missing
+    bare = cluster.qlora("train", "--on", "ray", config, RAY_ADDRESS=":20034")
+    assert bare.returncode == 2 and "no Ray cluster can be joined from here (Malformed host: )" in bare.stderr, bare
+    open_door = cluster.qlora("train", "--on", "ray", config, RAY_AUTH_TOKEN="", HOME="/none")
+    assert open_door.returncode == 2 and "joined from here (Token authentication is enabled" in open_door.stderr
+    assert "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH" in open_door.stderr, open_door

@@ -26,6 +26,13 @@ def test_a_job_spans_two_nodes(folder: Path, tmp_path: Path) -> None:
         assert "configuration" in cluster.refused("--gpus-per-node=1", "--wrap=true")
 
 
+def test_a_job_that_may_not_be_requeued_is_not(folder: Path, tmp_path: Path) -> None:
+    with slurm(folder, {"n1": 0}) as cluster:
+        job = cluster.sbatch("--no-requeue", "--output=out", "--wrap=scontrol requeue $SLURM_JOB_ID", cwd=tmp_path)
+        assert cluster.wait(job) == "FAILED" and cluster.restarts(job) == 0
+        assert "disabled" in (tmp_path / "out").read_text()
+
+
 def test_jobs_side_by_side_have_other_gpus_of_a_node(folder: Path, tmp_path: Path) -> None:
     with slurm(folder, {"n1": 2}) as cluster:
         script = "--wrap=srun printenv CUDA_VISIBLE_DEVICES; sleep 60"

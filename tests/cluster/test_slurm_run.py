@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.batch import ENDLESS, ENV, SINGLE, SWEEP, TWO_RANKS, ZERO3, Batch, status
+from tests.cluster.batch import ENDLESS, ENV, SINGLE, SWEEP, TWO_RANKS, ZERO3, Batch, env_of, status
 from tests.cluster.reach import reachable
 from tests.cluster.slurm import Cluster, slurm
 from tests.conftest import REPOSITORY, losses, qlora
@@ -86,15 +86,6 @@ def test_two_jobs_at_once_share_nodes_but_neither_gpus_nor_ports(run_of: RunFile
             ("interrupted", "SIGTERM")
         ] * 2
         assert all(status(config)["checkpoint"] == status(config)["step"] > 0 for config in configs)
-
-
-def env_of(pid: int) -> dict[str, str]:
-    """The environment of `qlora train`; empty for other processes, and when it has just ended."""
-    try:
-        process = psutil.Process(pid)
-        return process.environ() if {"job", "train"} <= set(process.cmdline()) else {}
-    except psutil.Error:
-        return {}
 
 
 def test_over_ssh_the_losses_are_the_same_and_secrets_stay_off_command_lines(

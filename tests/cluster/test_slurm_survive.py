@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster.batch import ENDLESS, SINGLE, ZERO3, Batch, status
+from tests.cluster.batch import ENDLESS, SINGLE, ZERO3, Batch, crawl, is_rank, status, stuck
 from tests.cluster.slurm import Cluster, slurm
 from tests.conftest import losses, metrics, qlora
 
@@ -42,22 +43,53 @@ def check_whole(config: Path, whole: list[float]) -> None:
     assert status(config)["state"] == "finished"
 
 
-def test_notice_of_the_time_limit_makes_the_run_save_requeue_and_go_on(
-    run_of: RunFile, cluster: Cluster, tmp_path: Path
+def ranks_on(cluster: Cluster, *names: str) -> list[int]:
+    """The processes that train there."""
+    return [pid for name in names for pid in cluster.hosts[name].python_processes() if is_rank(pid)]
+
+
+def test_a_start_that_the_time_limit_ends_is_followed_by_one_that_finishes_even_when_nothing_could_be_saved(
+    run_of: RunFile, whole: list[float], cluster: Cluster, tmp_path: Path
 ) -> None:
-    config = run_of("limited")
-    limit = ("--time=2", "--signal=B:TERM@75")  # looked at every 30 s
-    batch = Batch(cluster, tmp_path / "work", *limit, ZERO3, config, SHORT_GRACE, ENDLESS)
-    batch.wait_for("step 5/")
-    batch.wait_for("start again: requeued", timeout_s=110)
-    before = status(config)
-    assert (before["state"], before["reason"]) == ("interrupted", "the scheduler's warning"), batch.said()
-    assert before["checkpoint"] == before["step"] > 4
-    cluster.hurry(batch.id)
-    batch.wait_for(f"going on after step {before['step']}")
-    cluster.command("scancel", str(batch.id))
-    assert batch.ended() == "CANCELLED"
-    assert cluster.restarts(batch.id) == 1
+    """SLURM looks at the time every 30 s: the limits are lowered when the ranks are where they should be by then."""
+
+    def limit(batch: Batch, minutes: int) -> None:
+        assert cluster.command("scontrol", "update", f"JobId={batch.id}", f"TimeLimit={minutes}").returncode == 0
+
+    def says(path: Path) -> str:
+        return cluster.command(sys.executable, "-m", "job", "status", path, cwd=tmp_path / "work").stdout
+
+    config, hangs = (run_of(name, max_steps=STEPS) for name in ("limited", "hangs"))
+    words = ("--time=20", "--signal=B:USR1@170", "--nodelist=n1,n2", ZERO3, config, SHORT_GRACE)
+    limited = Batch(cluster, tmp_path / "work", *words)
+    words = ("--time=20", "--signal=B:USR1@1", "--nodelist=n3", SINGLE, hangs, "checkpoint.every_steps=2")
+    late = Batch(cluster, tmp_path / "work", *words)
+    late.wait_for("step 5/60")
+    (rank,) = ranks_on(cluster, "n3")
+    with stuck(rank):
+        limit(late, 1)
+        limited.wait_for("step 5/60")
+        limit(limited, 3)
+        crawl(ranks_on(cluster, "n1", "n2"), lambda: "SLURM gives notice" in limited.said())
+        limited.wait_for("start again: requeued")
+        before = status(config)
+        assert (before["state"], before["reason"]) == ("interrupted", "the scheduler's warning"), limited.said()
+        assert STEPS > before["checkpoint"] == before["step"] > 4
+        assert f"interrupted (the scheduler's warning), step {before['step']}" in (said := says(config)), said
+        limit(limited, 20)
+        cluster.hurry(limited.id)
+        assert late.ended() == "TIMEOUT", late.said()
+    saved = status(hangs)
+    assert saved["state"] == "running" and saved["checkpoint"] >= 4
+    said = says(hangs)
+    assert f"job {late.id}: TIMEOUT (TimeLimit) on n3" in said and "its processes were lost" in said, said
+    assert f"newest checkpoint: step {saved['checkpoint']}" in said
+    again = Batch(cluster, tmp_path / "work", *words)
+    for batch, path in ((limited, config), (again, hangs)):
+        assert batch.ended() == "COMPLETED" and "going on after step" in batch.said(), batch.said()
+        check_whole(path, whole)
+        assert "finished" in (said := says(path)) and f"job {batch.id}: COMPLETED" in said, said
+    assert (cluster.restarts(limited.id), cluster.restarts(late.id)) == (1, 0)
 
 
 @pytest.mark.parametrize(("lost", "others"), [("n2", ("n1", "n3")), ("n1", ("n2", "n3"))], ids=["other", "first"])
@@ -126,11 +158,6 @@ def test_a_second_job_of_the_same_output_is_refused_and_the_first_one_goes_on(
     assert cluster.state(first.id) == "RUNNING" and status(config)["state"] == "running"
     cluster.command("scancel", str(first.id))
     assert first.ended() == "CANCELLED"
-
-
-def is_rank(pid: int) -> bool:
-    """Whether this process is `qlora train`."""
-    return b"\0job\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_a_job_of_higher_rank_takes_the_nodes_and_gives_them_back(

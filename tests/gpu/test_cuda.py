@@ -11,8 +11,8 @@ import torch
 from job.config import parse_config
 from job.config.learning import Quantization
 from job.dropout import drop
-from job.headers import Tensor
 from job.store import Store
+from job.tensors import Tensor
 from job.train import train
 from job.weights import Share, stream
 from job.world import World

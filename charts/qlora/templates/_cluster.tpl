@@ -9,10 +9,16 @@ authOptions:
   secretName: {{ . | quote }}
   {{- end }}
 headGroupSpec:
-  # No CPU to give away: ranks land on workers only. Few objects go through Ray, so its store of them is small.
-  rayStartParams: {num-cpus: "0", num-gpus: "0", dashboard-host: 0.0.0.0, object-store-memory: "268435456"}
+  # No CPU to give away: ranks land on workers only. The smoke's one rank lands here, for what it leaves is in a folder
+  # of its pod, which what steers it has to see. Few objects go through Ray, so its store of them is small.
+  rayStartParams:
+    num-cpus: {{ ternary "0" "1" (not (empty .Values.config)) | quote }}
+    num-gpus: "0"
+    dashboard-host: 0.0.0.0
+    object-store-memory: "268435456"
   template:
     {{- include "qlora.headPod" . | nindent 4 }}
+{{- if .Values.config }}
 workerGroupSpecs:
   - groupName: workers
     replicas: {{ .Values.nodes | int }}
@@ -21,6 +27,7 @@ workerGroupSpecs:
     rayStartParams: {num-gpus: {{ .Values.gpusPerNode | int | toString | quote }}, object-store-memory: "268435456"}
     template:
       {{- include "qlora.workerPod" . | nindent 6 }}
+{{- end }}
 {{- end -}}
 
 {{- define "qlora.headPod" -}}
@@ -43,7 +50,7 @@ spec:
         - {name: dashboard, containerPort: 8265}
       {{- include "qlora.env" . | nindent 6 }}
       resources:
-        {{- include "qlora.resources" .Values.head | nindent 8 }}
+        {{- include "qlora.resources" (ternary .Values.head .Values.worker (not (empty .Values.config))) | nindent 8 }}
       # what steers the run; not the shell around it, which would just die of the signal
       lifecycle:
         {{- $steers := "^[^ ]*[p]ython[^ ]* .*qlora train --on ray" }}

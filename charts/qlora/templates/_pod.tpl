@@ -2,10 +2,11 @@
 
 {{- define "qlora.podLabels" -}}
 {{ include "qlora.selector" . }}
+{{- $more := merge dict .Values.podLabels }}
 {{- if eq .Values.gang.scheduler "kai" }}
-kai.scheduler/queue: {{ .Values.gang.queue | quote }}
+{{- $_ := set $more "kai.scheduler/queue" .Values.gang.queue }}
 {{- end }}
-{{- with .Values.podLabels }}
+{{- with $more }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
@@ -93,14 +94,12 @@ env:
   {{- end }}
   {{- end }}
   {{- with .Values.proxy }}
-  {{- if or .http .https }}
-  {{- /* Ray's own traffic must not take the proxy */}}
+  {{- /* Ray's own traffic must not take a proxy, not even one that a secret names */}}
   {{- $direct := prepend .direct "localhost,127.0.0.1,.svc,.cluster.local" | join "," }}
   {{- range $name, $value := dict "HTTP_PROXY" .http "HTTPS_PROXY" .https "NO_PROXY" $direct }}
   {{- if $value }}
   - {name: {{ $name }}, value: {{ $value | quote }}}
   - {name: {{ lower $name }}, value: {{ $value | quote }}}
-  {{- end }}
   {{- end }}
   {{- end }}
   {{- end }}

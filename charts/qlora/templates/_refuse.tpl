@@ -41,19 +41,16 @@ with its cure, before anything is sent to a cluster.
 {{- end -}}
 {{- end -}}
 {{- $text := join "\n" (prepend .Values.settings .Values.config) -}}
-{{- $password := "://[^\\s/?#@:]+:[^\\s/@]*@" -}}
-{{- $signature := "[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=" -}}
-{{- $key := "\\b(AKIA|ASIA)[0-9A-Z]{16}\\b|\\bhf_[A-Za-z0-9]{30,}" -}}
-{{- if regexMatch (join "|" (list $password $signature $key)) $text -}}
+{{- if regexMatch (include "qlora.secrets" .) $text -}}
 {{- $wrong = append $wrong
   "config or settings: holds a password, a key or a signed address, which everybody who may read the namespace would see. Put it into a secret and name that in existingSecrets" -}}
 {{- end -}}
 {{- if and .Values.config $readable -}}
 {{- $url := include "qlora.outputUrl" . -}}
 {{- $kept := list -}}
-{{- if eq (include "qlora.cached" .) "true" }}{{ $kept = append $kept "/cache" }}{{ end -}}
 {{- range .Values.volumes -}}
-{{- if or .source.persistentVolumeClaim .source.csi }}{{ $kept = append $kept .mountPath }}{{ end -}}
+{{- $claimed := or .source.persistentVolumeClaim .source.csi -}}
+{{- if and $claimed (not .readOnly) }}{{ $kept = append $kept .mountPath }}{{ end -}}
 {{- end -}}
 {{- $safe := contains "://" $url -}}
 {{- range $kept -}}{{- if hasPrefix (printf "%s/" .) (printf "%s/" $url) }}{{ $safe = true }}{{ end -}}{{- end -}}
@@ -61,7 +58,7 @@ with its cure, before anything is sent to a cluster.
 {{- $wrong = append $wrong "config: output.url is missing. Name a bucket's folder, as s3://bucket/runs/first" -}}
 {{- else if not $safe -}}
 {{- $wrong = append $wrong (printf
-  "config: output.url is %s, which ends with its pod. Name a bucket, or a folder of a claim (values: volumes, cache)"
+  "config: output.url is %s, which ends with its pod. Name a bucket, or a folder of a claim that can be written (values: volumes)"
   $url) -}}
 {{- end -}}
 {{- $grace := include "qlora.setting" (dict "root" . "section" "train" "key" "stop_grace_s" "default" 120) | int -}}
@@ -72,6 +69,14 @@ with its cure, before anything is sent to a cluster.
 {{- end -}}
 {{- end -}}
 {{- toJson $wrong -}}
+{{- end -}}
+
+{{/* What a password in an address, a signed address and well-known keys look like. */}}
+{{- define "qlora.secrets" -}}
+{{- $password := "://[^\\s/?#@:]+:[^\\s/@]*@" -}}
+{{- $signature := "[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=" -}}
+{{- $key := "\\b(AKIA|ASIA)[0-9A-Z]{16}\\b|\\bhf_[A-Za-z0-9]{30,}" -}}
+{{- join "|" (list $password $signature $key) -}}
 {{- end -}}
 
 {{- define "qlora.refuseEnv" -}}
@@ -87,7 +92,9 @@ with its cure, before anything is sent to a cluster.
   $name) -}}
 {{- else if has $name $kuberays -}}
 {{- $wrong = append $wrong (printf "env: %s belongs to KubeRay. Leave it out" $name) -}}
-{{- else if and (regexMatch "(?i)(^|_)(secret|token|password|passwd|credentials?|key|api_?key)(_id)?$" $name) $value -}}
+{{- else if regexMatch "(?i)^(https?|no)_proxy$" $name -}}
+{{- $wrong = append $wrong (printf "env: %s belongs to proxy (http, https, direct). Set it there" $name) -}}
+{{- else if or (regexMatch (include "qlora.secrets" $) (toString $value)) (and $value (regexMatch "(?i)(^|_)(secret|token|password|passwd|credentials?|key|api_?key)(_id)?$" $name)) -}}
 {{- $wrong = append $wrong (printf
   "env: %s looks like a secret, and values are kept in the release. Put it into a secret and name that in existingSecrets"
   $name) -}}
@@ -98,6 +105,11 @@ with its cure, before anything is sent to a cluster.
 
 {{- define "qlora.refuseShape" -}}
 {{- $wrong := list -}}
+{{- if and (empty .Values.config) (or (gt (int .Values.nodes) 1) .Values.gpusPerNode) -}}
+{{- $wrong = append $wrong (printf
+  "%d x %d GPUs: without config it is the smoke, one rank on a CPU. Add --set-file config=run.yaml, or leave nodes and gpusPerNode out"
+  (int .Values.nodes) (int .Values.gpusPerNode)) -}}
+{{- end -}}
 {{- $memory := include "qlora.mebibytes" .Values.worker.memory | int64 -}}
 {{- $shm := include "qlora.mebibytes" .Values.shm.size | int64 -}}
 {{- if and $memory (ge $shm $memory) -}}

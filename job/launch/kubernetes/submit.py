@@ -4,16 +4,14 @@ import time
 from collections.abc import Callable
 
 from job.config import RunConfig
-from job.errors import ConfigError, InputError, JobError, OutputError
+from job.errors import InputError, JobError
+from job.launch import looking
 from job.launch.kubernetes.api import Cluster
 from job.launch.kubernetes.helm import ask
 from job.launch.kubernetes.jobs import RELEASE_LABEL, Job, find, labelled, show
 from job.launch.kubernetes.refusals import Absent
 from job.launch.kubernetes.request import RUN_LABEL, Request, shape
-from job.launch.slurm.request import address, tag
-from job.plan import make_plan
-from job.run_folder import RunFolder
-from job.world import Hardware, World
+from job.launch.slurm.request import tag
 
 Say = Callable[[str], None]
 GONE_S = 60.0
@@ -21,33 +19,13 @@ GONE_S = 60.0
 
 
 def look_first(config: RunConfig, request: Request, say: Say) -> str:
-    """Refuse what can be known to fail before anything is sent; the output address. Model and rows are left to the
-    pods: this machine need not reach them.
-
-    Args:
-        say: hears that the output folder cannot be read from here. That is common, and no fault: its keys may be the
-            pods' alone, which look for themselves.
+    """Look at a run before it is sent; the output address. See `looking.look_first`.
 
     Raises:
         InputError: ranks and batches do not go together, the output folder is not this run's, or the run is done.
     """
-    wanted = shape(request)
-    if wanted is not None and wanted[1] > 0:
-        nodes, gpus = wanted
-        world = World(world_size=nodes * gpus, local_world_size=gpus)
-        try:
-            make_plan(config, world, Hardware("cuda", "", True, 80.0, gpus))
-        except ConfigError as fault:
-            raise ConfigError(f"the settings for {nodes * gpus} ranks, {gpus} a node", fault.faults) from fault
-    try:
-        folder = RunFolder(config)
-    except OutputError as fault:
-        if fault.__cause__ is None or isinstance(fault.__cause__, (JobError, ValueError, TypeError, ImportError)):
-            raise
-        say(f"Warning: {fault}. It was not looked into: the pods do that, with keys of their own")
-        return address(config.output.url)
-    folder.refuse_finished()
-    return address(config.output.url)
+    nodes, gpus = shape(request) or (1, 0)
+    return looking.look_first(config, nodes, gpus, "the pods do that, with keys of their own", say)
 
 
 def submit(cluster: Cluster, request: Request, url: str, say: Say) -> Job:

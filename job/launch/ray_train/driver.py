@@ -19,6 +19,7 @@ import ray
 import ray.train
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import cloudpickle
+from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
@@ -29,7 +30,9 @@ from job.errors import InputError, Interrupted, JobError
 from job.launch.blame import first_failure
 from job.launch.outcome import Outcome, outcome
 from job.launch.ray_train import worker
+from job.launch.ray_train.request import headline
 from job.launch.ray_train.shape import Node, Shape, Wanted, missing, shape_of
+from job.launch.slurm.request import address
 from job.lease import STOP_KEY, held_by
 from job.run_folder import RAY, RunFolder, Status
 from job.store import Store
@@ -58,6 +61,7 @@ def start(config: RunConfig, text: str, words: Sequence[str], wanted: Wanted, sa
         Interrupted: somebody asked to stop; the state is written.
         JobError: the run failed.
     """
+    say(headline(address(config.output.url)))
     run = RunFolder(config)
     if run.already_finished():
         say(f"This run is finished already ({run.status.step if run.status else 0} steps): {run.store.url}")
@@ -87,11 +91,12 @@ def _connect() -> None:
     try:
         _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(address="auto", logging_level=logging.WARNING)
-    except (OSError, RuntimeError) as fault:
-        said = str(fault).splitlines()[0]
+    except (OSError, RuntimeError, ValueError, RayError) as fault:  # ValueError: a malformed RAY_ADDRESS
+        said = next(iter(str(fault).splitlines()), type(fault).__name__)
         raise InputError(
             f"no Ray cluster can be joined from here ({said}). Start it with ray start --head, hand the command to one "
-            "with ray job submit, or use qlora submit ray CONFIG --address URL"
+            "with ray job submit, or use qlora submit ray CONFIG --address URL. A cluster that was started with a "
+            "token wants it here too: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from fault
     cloudpickle.register_pickle_by_value(worker)  # type: ignore[no-untyped-call]
 
@@ -204,9 +209,11 @@ class _Run:
         failure = first_failure(logs)
         cause = failure.lines[-1] if failure and not failure.follows else ""
         code = max((one.code for one in ranks.values()), default=1)
-        if not ranks and fault is not None:
-            return self._never_started(fault), status
-        found = outcome(status, this_start, before.step if before else 0, False, code, cause)
+        unplaced = "startup timed out" in _words_of(fault)  # at the start, or again when a node was lost
+        if fault is not None and (unplaced or not ranks):
+            found, failure = self._never_started(fault, unplaced), None
+        else:
+            found = outcome(status, this_start, before.step if before else 0, False, code, cause)
         if found.verdict == "failed":
             if status and this_start:
                 run.abandon(found.why, datetime.fromisoformat(status.updated))
@@ -216,13 +223,17 @@ class _Run:
                     self.say(f"[{failure.rank}] {line}")
         return found, status
 
-    def _never_started(self, fault: Exception) -> Outcome:
-        text = f"{fault} {fault.__cause__ or ''}"
-        if "startup timed out" in text:
+    def _never_started(self, fault: Exception, unplaced: bool) -> Outcome:
+        if unplaced:
             nodes, free = _nodes(), ray.available_resources()  # type: ignore[no-untyped-call]
             return Outcome("failed", missing(self.shape, nodes, free, self.wait_minutes), JobError.exit_code)
-        said = next((line for line in reversed(text.strip().splitlines()) if line.strip()), type(fault).__name__)
+        said = next((line for line in reversed(_words_of(fault).splitlines()) if line.strip()), type(fault).__name__)
         return Outcome("failed", f"no rank could be started: {said.strip()}", JobError.exit_code)
+
+
+def _words_of(fault: Exception | None) -> str:
+    """What it says, and its cause."""
+    return f"{fault} {fault.__cause__ or ''}".strip() if fault else ""
 
 
 def _failures(most: int) -> FailureConfig:

@@ -16,31 +16,41 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from job.config import RunConfig
 from job.errors import InputError, JobError
+from job.launch.looking import look_first
+from job.launch.ray_train.known import known, output_of
 from job.launch.ray_train.request import OUTPUT, Request
+from job.launch.ray_train.shape import Wanted
 from job.launch.slurm.request import address
 from job.launch.slurm.watch import Run, read_run
 from job.launch.stopping import WHAT_THEN, ask_to_stop
 from job.lease import STOP_KEY
+from job.world import ranks_on
 
 PATIENCE_S = 60.0
 ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
+SECRETS = (".env", ".env.*")
+"""Files that stay here when a folder goes with a job, in any folder of it, as .gitignore would name them."""
 
 Say = Callable[[str], None]
 
 
-def submit(request: Request) -> str:
-    """Send it; the job's id.
+def submit(config: RunConfig, request: Request, wanted: Wanted, say: Say) -> str:
+    """Look at the run, then send it; the job's id.
+
+    Args:
+        say: hears that the output cannot be looked at from here.
 
     Raises:
         InputError: the server cannot be reached or refuses, or a job of this output runs already.
     """
+    ranks = ranks_on(config.parallel.processes, wanted.gpus_per_node) if wanted.nodes and wanted.gpus_per_node else 0
+    look_first(config, wanted.nodes or 1, ranks, "the cluster does that, with keys of its own", say)
     with _server(request.server) as client, tempfile.TemporaryDirectory() as made:
-        for job in _jobs(client, request.output):
-            if job.status in ACTIVE:
-                raise InputError(
-                    f"job {job.submission_id} of {request.output} is {job.status.value} already, and two runs of one "
-                    "output.url exclude each other. End it with qlora cancel CONFIG --on ray"
-                )
+        for job in _jobs(client, request.output, ACTIVE):
+            raise InputError(
+                f"job {job.submission_id} of {request.output} is {job.status.value} already, and two runs of one "
+                "output.url exclude each other. End it with qlora cancel CONFIG --on ray"
+            )
         for name, content in request.files.items():
             Path(made, name).write_text(content, encoding="utf-8")
         return _send(client, request, request.folder or made)
@@ -55,7 +65,7 @@ def _send(client: JobSubmissionClient, request: Request, folder: str) -> str:
                 client.submit_job(
                     entrypoint=request.entrypoint,
                     submission_id=request.name,
-                    runtime_env={"working_dir": folder},
+                    runtime_env={"working_dir": folder, "excludes": list(SECRETS)},
                     metadata={OUTPUT: request.output},
                 )
             )
@@ -104,7 +114,7 @@ def print_logs(config: RunConfig | None, job_id: str | None, follow: bool, serve
                     put(line)
 
         asyncio.run(to_the_end())
-        job = client.get_job_info(str(job.submission_id))
+        (job,) = asyncio.run(known(client, [client.get_job_info(str(job.submission_id))]))
     run = _run_of(job, config)
     for line in [*(run.lines() if run else []), _line(job)]:
         say(line)
@@ -121,7 +131,7 @@ def cancel(config: RunConfig | None, job_id: str | None, now: bool, server: str,
     """
     with _server(server) as client:
         job = _newest([one for one in _asked(client, config, job_id) if one.status in ACTIVE], config, server)
-        url = (job.metadata or {}).get(OUTPUT) or (address(config.output.url) if config else "")
+        url = output_of(job) or (address(config.output.url) if config else "")
         if now or job.status == JobStatus.PENDING or not url:
             client.stop_job(str(job.submission_id))
             say(f"job {job.submission_id} is ended; what it did since its last checkpoint is lost")
@@ -159,14 +169,13 @@ def _server(url: str) -> Iterator[JobSubmissionClient]:
         raise JobError(f"the Ray job server at {url}: {said}") from fault
 
 
-def _jobs(client: JobSubmissionClient, output: str | None) -> list[JobDetails]:
+def _jobs(
+    client: JobSubmissionClient, output: str | None, states: Sequence[JobStatus] = tuple(JobStatus)
+) -> list[JobDetails]:
     """The jobs of an output address, or of all runs, the newest first."""
-    found = [
-        job
-        for job in client.list_jobs()
-        if job.submission_id and (written := (job.metadata or {}).get(OUTPUT)) and output in (None, written)
-    ]
-    return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+    there = [job for job in client.list_jobs() if job.submission_id and job.status in states]
+    of_runs = [job for job in asyncio.run(known(client, there)) if output_of(job) and output in (None, output_of(job))]
+    return sorted(of_runs, key=lambda job: job.start_time or 0, reverse=True)
 
 
 def _asked(client: JobSubmissionClient, config: RunConfig | None, job_id: str | None) -> list[JobDetails]:
@@ -174,7 +183,7 @@ def _asked(client: JobSubmissionClient, config: RunConfig | None, job_id: str | 
         found = [job for job in client.list_jobs() if job_id in (job.submission_id, job.job_id)]
         if not found:
             raise InputError(f"--job {job_id}: the cluster knows no such job. qlora status --on ray lists its runs")
-        return found
+        return asyncio.run(known(client, found))
     if config is None:
         raise InputError("neither CONFIG nor --job was given, so there is no job to look for. Give one of them")
     return _jobs(client, address(config.output.url))[:1]
@@ -188,7 +197,7 @@ def _newest(jobs: Sequence[JobDetails], config: RunConfig | None, server: str) -
 
 
 def _run_of(job: JobDetails, config: RunConfig | None) -> Run | None:
-    url = (job.metadata or {}).get(OUTPUT)
+    url = output_of(job)
     return read_run(url, config) if url else None
 
 

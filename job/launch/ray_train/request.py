@@ -18,6 +18,11 @@ OUTPUT = "qlora_output"
 RUN_FILE = "run.yaml"
 
 
+def headline(output: str) -> str:
+    """The first line of a run's driver: by it a job is found that came with no metadata, by plain `ray job submit`."""
+    return f"{OUTPUT}: {output}"
+
+
 @dataclass(frozen=True)
 class Request:
     """What the job server is asked for.

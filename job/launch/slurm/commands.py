@@ -32,6 +32,15 @@ def available(program: str = "squeue") -> bool:
     return shutil.which(program) is not None
 
 
+def belongs_to_a_cluster() -> bool:
+    """Whether this machine has SLURM's commands and they know of a cluster: Debian installs them without one."""
+    if not available():
+        return False
+    if not available("scontrol"):
+        return True
+    return "_establish_config_source" not in ask("scontrol", "ping").err
+
+
 def ask(*words: str, site: str | None = None, env: Mapping[str, str] | None = None) -> Answer:
     """Run one of SLURM's programs to its end.
 
