@@ -20,6 +20,8 @@ would learn other prompts. Llama 3's templates name this one where they are give
 GENERATION = "generation_config.json"
 """How a model answers, in transformers' words."""
 _ANCHOR = "\n"
+_MARKUP = 1000
+"""Stretches of markup whose ids are remembered: every row has the same few."""
 
 
 class Tokenizer:
@@ -47,6 +49,7 @@ class Tokenizer:
         plain = {token.content for token in added} - self.specials
         self._foreign = {spoken: marks_in(plain, spoken, self.chat_template or "") for spoken in (False, True)}
         self._strict: dict[bool, Any] = {}
+        self._markup: dict[tuple[str, bool], list[int]] = {}
         self.ends = _ends(folder)
         self.prefix = self._prefix()
         self._anchor = self._anchor_ids()
@@ -105,7 +108,12 @@ class Tokenizer:
 
     def markup(self, text: str, first: bool = False) -> list[int]:
         """Ids of a template's own text, in which special tokens are special."""
-        return self._encode(text, first, self._raw)
+        ids = self._markup.get((text, first))
+        if ids is None:
+            ids = self._encode(text, first, self._raw)
+            if len(self._markup) < _MARKUP:
+                self._markup[text, first] = ids
+        return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The ids as text."""
@@ -124,6 +132,25 @@ class Tokenizer:
             template = _CALENDAR + template
         return str(
             self.inner.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=ask)
+        )
+
+    def identity(self) -> str | None:
+        """All that decides its ids, as text; None of a tokenizer that is a program."""
+        backend = getattr(self.inner, "backend_tokenizer", None)
+        if backend is None or type(self.inner).__module__.startswith("transformers_modules"):
+            return None
+        marks = [sorted(self.specials), *map(sorted, self._foreign.values())]
+        return json.dumps(
+            [
+                backend.to_str(),
+                self.chat_template,
+                self.family_chat,
+                self.eos,
+                self.ends,
+                self.prefix,
+                self._anchor,
+                marks,
+            ]
         )
 
     def save(self, folder: str) -> None:

@@ -66,11 +66,17 @@ def test_without_shuffling_every_epoch_keeps_the_order_of_the_file() -> None:
     assert epoch_order(lengths, MAX_LENGTH, True, False, 1, 3) == epoch_order(lengths, MAX_LENGTH, True, False, 2, 0)
 
 
-@pytest.mark.parametrize("rows", [1500, 5000])
-def test_short_rows_fill_almost_every_slot(rows: int) -> None:
-    lengths = np.random.default_rng(0).integers(20, 300, rows)
-    order = epoch_order(lengths, 2048, True, True, 0, 0)
-    assert lengths.sum() / (len(order) * 2048) > 0.98
+@pytest.mark.parametrize(("rows", "max_length"), [(1500, 2048), (5000, 512), (5000, 2048), (20_000, 8192)])
+def test_short_rows_fill_almost_every_slot(rows: int, max_length: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(4.8, 0.5, rows).astype(int).clip(16, 512)
+    order = epoch_order(lengths, max_length, True, True, 0, 0)
+    assert lengths.sum() / (len(order) * max_length) > 0.99
+
+
+def test_rows_that_find_no_partners_in_a_window_keep_their_place_without_shuffling() -> None:
+    order = epoch_order(np.full(2500, 5), MAX_LENGTH, True, False, 0, 0)
+    assert [row for sequence in order for row in sequence] == list(range(2500))
+    assert {len(sequence) for sequence in order[:-1]} == {MAX_LENGTH // 5}
 
 
 @pytest.mark.parametrize("packing", [True, False])

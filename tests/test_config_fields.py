@@ -69,7 +69,8 @@ REFUSED = {
         "nobody knows how many steps an epoch has before it was read. Set train.max_steps",
     ),
     "data.shuffle_buffer": ("0", wrong(0, POSITIVE)),
-    "data.workers": ("0", wrong(0, POSITIVE)),
+    "data.workers": ("0", wrong(0, "input should be 'auto' or greater than 0")),
+    "data.cache": ("3", wrong(3, TEXT)),
     "data.shuffle": ("3", wrong(3, BOOL)),
     "evaluation.file": ("''", NOTHING),
     "evaluation.share": ("1", wrong(1, "input should be less than 1")),
@@ -255,7 +256,7 @@ def test_the_hash_follows_fixed_settings_only(key: str) -> None:
         (
             "free",
             "parallel.strategy tracking.sinks train.micro_batch_size train.recompute train.fused data.workers "
-            "storage.region",
+            "data.cache storage.region",
         ),
     ],
 )

@@ -136,8 +136,12 @@ class Data(Section):
     (false) holds the tokens in memory. Fixed."""
     shuffle_buffer: Fixed[PositiveInt] = 10_000
     """Rows among which a stream is shuffled. Fixed."""
-    workers: Free[PositiveInt] = 1
-    """Processes that turn rows into tokens; off is 1, this process. Free."""
+    workers: Free[Literal["auto"] | PositiveInt] = "auto"
+    """Processes that turn rows into tokens; auto is one for each 4,000 rows, up to the CPUs that this process may use
+    and 16; off is 1, this process. Free."""
+    cache: Annotated[Free[str | None], NO_KEYS] = "auto"
+    """Folder at any URL where rows stay as tokens, named by a hash of all that these depend on, for every run that asks
+    for the same; auto is `tokens` under output.url, used from 10,000 rows on; off is null. Free."""
     shuffle: Fixed[bool] = True
     """New order each epoch, a function of train.seed and epoch alone; off (false) keeps the file's order. Fixed."""
 

@@ -57,7 +57,7 @@ class RunConfig(Section):
             raise ValueError(
                 "data.streaming: nobody knows how many steps an epoch has before it was read. Set train.max_steps"
             )
-        if self.data.workers > 1:
+        if self.data.workers not in ("auto", 1):
             raise ValueError(
                 f"data.workers: {self.data.workers} processes, but a stream becomes tokens in a thread of the first "
                 "rank. Use 1, or set data.streaming: false"

@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute
 
 from job.chat import TURNS, ChatFormat, Encoded, encode, without_eos
 from job.config.learning import Data
@@ -18,6 +20,9 @@ from job.errors import DataError
 from job.formats import Format, learn_last, segments_of
 from job.tokenizer import Tokenizer
 from job.turns import Segment
+
+ROWS_A_WORKER, MOST_WORKERS = 4000, 16
+"""Rows that are worth a process of their own, which takes a second to start; and processes at most."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,6 @@ class Tokens:
     def __getitem__(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self.offsets[place], self.offsets[place + 1])
         return self.ids[part], self.learn[part]
-
-    def select(self, places: Sequence[int]) -> "Tokens":
-        """The sequences at `places`, in that order."""
-        pairs = [self[place] for place in places]
-        return _tokens(
-            [list(ids) for ids, _ in pairs], [list(learn) for _, learn in pairs], self.rows[list(places)], self.fate
-        )
 
 
 class Encoder:
@@ -128,17 +126,26 @@ class Encoder:
             parts = encode(segments, self.tokenizer, self.chat)
         return parts
 
-    def encode_all(self, rows: Sequence[Row]) -> Tokens:
-        """All rows, with `data.workers` processes.
+    def identity(self) -> str | None:
+        """All that decides what becomes of a row, as text; None where that is somebody's program."""
+        tokens = self.tokenizer.identity()
+        if tokens is None or ":" in self.name:
+            return None
+        data = self.data
+        return json.dumps([tokens, self.name, self.chat.name, data.template, data.learn, data.max_length])
+
+    def table(self, rows: Sequence[Row]) -> pyarrow.Table:
+        """A line a sequence: its `ids`, which of them to `learn`, its `row`, that row's `fate`. A row that was dropped
+        has a line without ids, and the second sequence of a row an empty fate.
 
         Raises:
-            DataError: a row cannot be used, or no row has anything to learn.
+            DataError: a row cannot be used.
         """
         table = datasets.Dataset.from_dict(
             {"where": [row.where for row in rows], "fields": [json.dumps(row.fields) for row in rows]}
         )
         datasets.disable_progress_bars()
-        workers = min(self.data.workers, len(rows))
+        workers = self._workers(len(rows))
         environment = os.environ
         try:
             done = table.map(
@@ -154,12 +161,12 @@ class Encoder:
         finally:
             # with processes, datasets leaves a copy in its place, whose changes nobody sees who holds the original
             os.environ = environment  # noqa: B003
-        kept = [place for place, ids in enumerate(done["ids"]) if ids]
-        if not kept:
-            raise nothing_to_learn(Counter(done["fate"]))
-        columns = done.select(kept)
-        fate = Counter(fate for fate in done["fate"] if fate)
-        return _tokens(columns["ids"], columns["learn"], np.array(columns["row"]), fate)
+        return done.with_format("arrow")[:]
+
+    def _workers(self, rows: int) -> int:
+        if self.data.workers != "auto":
+            return min(self.data.workers, rows)
+        return min(rows // ROWS_A_WORKER, len(os.sched_getaffinity(0)), MOST_WORKERS)
 
     def _encode_batch(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"ids": [], "learn": [], "row": [], "fate": []}
@@ -187,15 +194,26 @@ def _length(parts: Sequence[Encoded]) -> int:
     return sum(len(part.ids) for part in parts)
 
 
-def _tokens(ids: Sequence[list[int]], learn: Sequence[list[bool]], rows: np.ndarray, fate: Counter[str]) -> Tokens:
-    offsets = np.cumsum([0, *map(len, ids)])
-    return Tokens(
-        np.fromiter((token for part in ids for token in part), np.int32, offsets[-1]),
-        np.fromiter((mark for part in learn for mark in part), bool, offsets[-1]),
-        offsets,
-        rows,
-        fate,
-    )
+def tokens_of(table: pyarrow.Table) -> Tokens:
+    """The lines of `Encoder.table` as flat arrays.
+
+    Raises:
+        DataError: no row has anything to learn.
+    """
+    counts = table["fate"].value_counts().to_pylist()
+    fate = Counter({count["values"]: count["counts"] for count in counts if count["values"]})
+    lengths = pyarrow.compute.list_value_length(table["ids"]).to_numpy()
+    if not lengths.any():
+        raise nothing_to_learn(fate)
+    offsets = np.cumsum([0, *lengths[lengths > 0]], dtype=np.int64)
+    rows = table["row"].to_numpy()[lengths > 0]
+    return Tokens(_flat(table["ids"], np.int32), _flat(table["learn"], np.bool_), offsets, rows, fate)
+
+
+def _flat(column: pyarrow.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
+    """The values of all lists, one behind the other; joined here, since Arrow's own joining ends at 2**31 of them."""
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(parts).astype(dtype, copy=False)
 
 
 def nothing_to_learn(fates: Counter[str]) -> DataError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 WINDOW = 1024
-"""Rows among which partners are looked for: enough to fill over 98% of the slots, few enough to stay shuffled."""
+"""Rows among which partners are looked for: enough to fill over 99% of the slots, few enough to stay shuffled."""
 
 
 def epoch_order(
@@ -31,9 +31,13 @@ def epoch_order(
     if not packing:
         return [[int(row)] for row in order]
     sequences = []
+    carried: list[int] = []
     for start in range(0, len(order), WINDOW):
-        rows = [int(row) for row in order[start : start + WINDOW]]
+        rows = carried + [int(row) for row in order[start : start + WINDOW]]
         packed = (_best_fit if shuffle else _next_fit)(rows, lengths, max_length)
+        if start + WINDOW < len(order):  # the one that is filled least finds partners in the next window
+            used = [sum(int(lengths[row]) for row in part) for part in packed]
+            carried = packed.pop(used.index(min(used)) if shuffle else -1)
         turn = generator.permutation(len(packed)) if shuffle else range(len(packed))
         sequences += [packed[int(place)] for place in turn]
     return sequences
