@@ -17,8 +17,33 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "fc2", "f
 """Last names of the linears that end an attention or an MLP."""
 CHUNK = 1 << 25
 """Logits that exist at once where the loss is taken in chunks, at least those of one position."""
+SILU = ("silu", "swish")
+"""transformers' names of that activation."""
 COMPOSITE = ("gelu_new", "gelu_fast")
 """Activations that transformers writes out in products, so that autograd keeps four tensors instead of one."""
+
+NORMS = (
+    *(
+        "llama",
+        "mistral",
+        "ministral",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "phi3",
+        "granite",
+    ),
+    *("glm", "glm4", "smollm3", "exaone4", "seed_oss", "internlm3", "hunyuan_v1_dense"),
+)
+"""Model types whose RMS norms are Llama's to the letter, so that `norm_and_gate` takes them in one step."""
+GATES = (
+    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "granite"),
+    *("smollm3", "exaone4", "internlm3", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
+)
+"""The same of gated MLPs."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +125,8 @@ class Job:
         return self.fused and not self.dora and self.quantization != "int8"
 
     def adapts(self, linear: Linear) -> bool:
-        """Whether this linear gets an adapter."""
-        return self.targets is None or linear.name in self.targets
+        """Whether this linear gets an adapter: experts never do."""
+        return "*" not in linear.path and (self.targets is None or linear.name in self.targets)
 
 
 def kept_bytes(shape: Shape, job: Job) -> int:
@@ -134,7 +159,8 @@ def layer_bytes(shape: Shape, job: Job) -> int:
         # which changes its layout
         first, has_twin = group not in groups, group[1] == "attention_out" and not shape.partly_rotated
         groups.add(group)
-        copies = 1.0 if job.dropout and not job.in_one_step else float(first and not has_twin)
+        remade = group[1] == "inner" and job.in_one_step and _gate_in_one_step(shape, job)
+        copies = 1.0 if job.dropout and not job.in_one_step else float(first and not has_twin and not remade)
         if job.quantization == "int8" and job.dropout and first and not has_twin:
             copies += 1
         each += times * job.item * (copies * linear.inputs + job.rank)
@@ -144,23 +170,38 @@ def layer_bytes(shape: Shape, job: Job) -> int:
 
 
 def working_bytes(shape: Shape, job: Job, tokens: int) -> int:
-    """What one layer's backward takes besides what was kept, bytes: at the end of the MLP there are three gradients as
-    wide as its inner features (of the base's product, of the adapter's, their sum), in one step one, and two of the
-    residual; and the largest linear is dequantized for its product."""
+    """What one layer's backward takes besides what was kept, bytes.
+
+    At the end of the MLP there are three gradients as wide as its inner features: of the base's product, of the
+    adapter's, their sum; or with gate and up in one step those of the product, gate and up. With the adapter alone in
+    one step it is one. There are two of the residual, and the largest linear is dequantized for its product.
+    """
     inner = max(_inner(shape), shape.hidden)
     largest = max((linear.numel for linear in shape.linears), default=0)
     dequantized = 0 if job.quantization == "none" else largest * job.item
-    return tokens * job.item * ((1 if job.in_one_step else 3) * inner + 2 * shape.hidden) + dequantized
+    wide = 1 if job.in_one_step and not _gate_in_one_step(shape, job) else 3
+    return tokens * job.item * (wide * inner + 2 * shape.hidden) + dequantized
 
 
 def _norm(shape: Shape, job: Job) -> int:
-    """Bytes a token: an RMS norm keeps its input in fp32 and the root; LayerNorm its input, mean and root."""
-    return 4 * shape.hidden + 4 if shape.rms else job.item * shape.hidden + 8
+    """Bytes a token: an RMS norm keeps its input in fp32, in one step as it came, and the root; LayerNorm its input,
+    mean and root."""
+    return _wide(shape, job) * shape.hidden + 4 if shape.rms else job.item * shape.hidden + 8
+
+
+def _wide(shape: Shape, job: Job) -> int:
+    """Bytes an element of what an RMS norm keeps of its input."""
+    return job.item if job.fused and shape.model_type in NORMS else 4
+
+
+def _gate_in_one_step(shape: Shape, job: Job) -> bool:
+    """Whether a gated MLP keeps gate and up alone."""
+    return job.fused and shape.model_type in GATES and shape.activation in SILU
 
 
 def _head_norms(shape: Shape, job: Job) -> int:
-    """Norms of each head's query and key, in fp32."""
-    return (4 * shape.head_size + 4) * (shape.heads + shape.kv_heads) if shape.head_norms else 0
+    """Norms of each head's query and key."""
+    return (_wide(shape, job) * shape.head_size + 4) * (shape.heads + shape.kv_heads) if shape.head_norms else 0
 
 
 def _attention(shape: Shape, job: Job) -> int:
@@ -179,8 +220,9 @@ def _attention(shape: Shape, job: Job) -> int:
 
 
 def _mlp(shape: Shape, job: Job) -> float:
-    """Bytes a token: a gated MLP keeps gate, activated gate and up; a plain one what its activation takes. The input
-    of the last linear is kept by its adapter, see above."""
+    """Bytes a token: a gated MLP keeps gate, up and, unless in one step, activated gate; a plain one what its
+    activation takes. The input of the last linear is kept by its adapter, see above."""
+    gated = 2 if _gate_in_one_step(shape, job) else 3
     bytes_a_token = 0.0
     for linear, times in _per_layer(shape, job, adapted_only=False):
         if _role(shape, linear) == "inner":
@@ -192,7 +234,7 @@ def _mlp(shape: Shape, job: Job) -> float:
             plain = 4 if shape.activation in COMPOSITE else 1
             if shape.activation == "relu" and job.adapts(linear) and not job.dropout:
                 plain = 0  # it keeps what it gives, which the adapter keeps already
-            bytes_a_token += times * job.item * linear.inputs * (3 if fan >= 2 * linear.inputs else plain)
+            bytes_a_token += times * job.item * linear.inputs * (gated if fan >= 2 * linear.inputs else plain)
     return bytes_a_token
 
 

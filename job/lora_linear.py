@@ -3,7 +3,8 @@
 peft computes y + B(A(drop(x))) * scale by modules, each of which writes a tensor as wide as the output, and autograd
 sums three gradients as wide as the input. Here the low-rank product is added to the base's output where it lies, and
 in the backward pass to the base's gradient; kept are x, which the neighbours keep too, and the narrow A(drop(x)): masks
-are made again. Adapters that are more than that (DoRA, several at once, merged) go peft's way.
+are made again, and so is the x of a gated MLP's last linear, of gate and up, which are kept. Adapters that are more
+than that (DoRA, several at once, merged) go peft's way.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from job.dropout import RowDropout, drop
 from job.linear import FrozenLinear4bit, gathered, product, values
+from job.norm_and_gate import gated, keep_less, made_of
 
 ADAPTER = "default"
 
@@ -34,7 +36,7 @@ class _OneStep:
         tokens, features = mask or (None, None)
         state = getattr(base.weight, "quant_state", None)
         result: torch.Tensor = _Sum.apply(  # type: ignore[no-untyped-call]
-            x, base.weight, base.bias, state, a, b, self.scaling[ADAPTER], tokens, features, share
+            x, base.weight, base.bias, state, a, b, self.scaling[ADAPTER], tokens, features, share, made_of(x)
         )
         return result
 
@@ -48,7 +50,8 @@ class LoraLinear(_OneStep, layer.Linear):  # type: ignore[misc]
 
 
 def in_one_step(model: nn.Module) -> None:
-    """Have every layer with LoRA compute it in one step where it can."""
+    """Have every layer with LoRA compute it in one step where it can, and norms and gated MLPs too."""
+    keep_less(model)
     kinds: dict[type, Any] = {bnb.Linear4bit: LoraLinear4bit, layer.Linear: LoraLinear}
     for module in model.modules():
         if type(module) in kinds:
@@ -96,28 +99,32 @@ class _Sum(torch.autograd.Function):
         tokens: torch.Tensor | None,
         features: torch.Tensor | None,
         share: float,
+        parts: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         y = product(x, weight, None if bias is None else bias.to(x.dtype), state)
         if y._is_view() or not y.is_contiguous():  # what is given on may be changed in place, and no view may
             y = y.clone(memory_format=torch.contiguous_format)
         low = _dropped(x, tokens, features, share).flatten(0, -2) @ a.T
         y.view(len(low), -1).addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, low, tokens, features)
-        ctx.state, ctx.scale, ctx.share = state, scale, share
+        ctx.save_for_backward(weight, a, b, low, tokens, features, *(parts or (x,)))
+        ctx.state, ctx.scale, ctx.share, ctx.shape = state, scale, share, x.shape
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b, low, tokens, features = ctx.saved_tensors
-        dy = grads[0].flatten(0, -2)
+        _, a, b, *_ = saved = ctx.saved_tensors
         with gathered(a, b):
-            return _Sum._gradients(ctx, dy, x, weight, a, b, low, tokens, features)
+            return _Sum._gradients(ctx, grads[0].flatten(0, -2), *saved)
 
     @staticmethod
     def _gradients(ctx: Any, dy: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b, low, tokens, features = saved
+        weight, a, b, low, tokens, features, *parts = saved
         narrow = (dy @ b).mul_(ctx.scale)
-        da = narrow.T @ _dropped(x, tokens, features, ctx.share).flatten(0, -2) if ctx.needs_input_grad[4] else None
+        da = None
+        if ctx.needs_input_grad[4]:
+            x = parts[0] if len(parts) == 1 else gated(*parts)
+            da = narrow.T @ _dropped(x, tokens, features, ctx.share).flatten(0, -2)
+            del x  # of a gated MLP it was made for this
         db = (dy.T @ low).mul_(ctx.scale) if ctx.needs_input_grad[5] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         dx = None
@@ -127,9 +134,9 @@ class _Sum(torch.autograd.Function):
             if tokens is None:
                 dx.addmm_(narrow, a)
             else:
-                dx += _dropped((narrow @ a).view(x.shape), tokens, features, ctx.share).flatten(0, -2)
-            dx = dx.view(x.shape)
-        return dx, None, dbias, None, da, db, None, None, None, None
+                dx += _dropped((narrow @ a).view(ctx.shape), tokens, features, ctx.share).flatten(0, -2)
+            dx = dx.view(ctx.shape)
+        return dx, None, dbias, None, da, db, None, None, None, None, None
 
 
 def _dropped(x: torch.Tensor, tokens: torch.Tensor | None, features: torch.Tensor | None, share: float) -> torch.Tensor:

@@ -159,9 +159,15 @@ def test_a_job_that_hangs_is_named_when_the_time_is_over(uploads: Uploads) -> No
 
 @pytest.mark.parametrize("fault", [TypeError("no"), KeyError("x"), AssertionError("no"), JobError("refused")], ids=repr)
 def test_a_mistake_of_ours_surfaces_at_the_next_call_and_ends_the_queue(uploads: Uploads, fault: Exception) -> None:
-    done = []
-    uploads.put("checkpoint", fails(fault))
+    done, queued = [], threading.Event()
+
+    def mistake() -> None:
+        queued.wait()
+        raise fault
+
+    uploads.put("checkpoint", mistake)
     uploads.put("next", lambda: done.append(1))
+    queued.set()
     calls = (lambda: uploads.wait(PATIENCE_S), lambda: uploads.idle, lambda: uploads.put("x", fails(fault)))
     for call in (*calls, uploads.raise_fault):
         with pytest.raises(type(fault)) as found:

@@ -239,8 +239,9 @@ class Train(Section):
     """full computes activations again in the backward pass, layer by layer: less memory, about a third more work. auto
     is none where the plan says that a GPU holds all of them with room to spare, else full; off is none. Free."""
     fused: Free[bool] = True
-    """Compute the adapter in one step with its linear, and the loss a chunk of positions at a time, where the model
-    allows it; off (false) leaves both to peft and torch. The numbers differ by rounding alone. Free."""
+    """Compute the adapter in one step with its linear, norms and gated MLPs in one step each, and the loss a chunk of
+    positions at a time, where the model allows it; off (false) leaves all to peft, transformers and torch. The numbers
+    differ by rounding alone. Free."""
     seed: Fixed[int] = Field(default=42, ge=0, lt=2**31)
     """Seed of adapter initialisation, order and dropout. Fixed."""
     base_compute: Annotated[
