@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on this host, with token authentication on; each node is a process group of ours."""
 
+import json
 import os
 import re
 import secrets
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -95,6 +97,16 @@ class RayCluster:
             cwd=cwd or REPOSITORY,
             env={name: value for name, value in {**self.env, **more}.items() if value or name not in more},
         )
+
+    def charted(self, name: str, run: str) -> float:
+        """A number of a run among the metrics that the nodes give to Prometheus; 0 while there is none."""
+        (found,) = json.loads((self.folder / "0/prom_metrics_service_discovery.json").read_text())
+        for target in found["targets"]:
+            with suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                for line in answer.read().decode().splitlines():
+                    if line.startswith(f"ray_qlora_{name}{{") and f'run="{run}"' in line:
+                        return float(line.split()[-1])
+        return 0.0
 
     def pids(self, *words: str) -> list[int]:
         """Processes of this cluster in whose command line these words stand."""

@@ -223,6 +223,8 @@ def test_a_run_is_watched_and_asked_to_stop(run_of: RunFile, cluster: RayCluster
     assert row["run"]["status"]["state"] == "running" and row["job"]["submission_id"] == job
     shown = json.loads(ask(cluster, "train/v2/runs/v1"))["train_runs"]
     assert any(run["name"].startswith("stopped-") and run["status"] == "RUNNING" for run in shown), shown
+    wait_for(cluster, lambda: cluster.charted("step", str(config.with_suffix(""))) >= 3)
+    assert cluster.charted("loss", str(config.with_suffix(""))) > 0
     assert "was asked to save and stop" in cluster.qlora("cancel", config, "--on", "ray").stdout
     code, said = followed(cluster, config)
     assert code == 1 and "interrupted (a stop key)" in said, said[-3000:]

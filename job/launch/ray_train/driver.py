@@ -38,7 +38,7 @@ from job.run_folder import RAY, RunFolder, Status
 from job.store import Store
 
 SETTINGS = {
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # runs and their metrics in Ray's dashboard
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # what Ray's dashboard says of runs
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }

@@ -28,6 +28,7 @@ import ray
 import ray.train
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
+from ray.util.metrics import Gauge
 
 LOOK_S = 0.5
 LAST_WORDS_S = 10.0
@@ -36,7 +37,6 @@ LAST_LINES = 200
 PARENT_DIED = 1
 """prctl's PR_SET_PDEATHSIG: the rank is killed when its worker is, however that happens."""
 INTERRUPTED = 75
-POINTER = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ class _Meeting(Backend):
 
 def _address_and_port() -> tuple[str, int]:
     address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         return address, int(probe.getsockname()[1])
 
 
@@ -180,12 +179,8 @@ class _Rank:
         run_file = folder / "run.yaml"
         run_file.write_text(asked.text, encoding="utf-8")
         reader, writer = os.pipe()
-        ranks = {
-            "RANK": context.get_world_rank(),
-            "WORLD_SIZE": context.get_world_size(),
-            "LOCAL_RANK": context.get_local_rank(),
-            "LOCAL_WORLD_SIZE": context.get_local_world_size(),
-        }
+        ranks = {"RANK": context.get_world_rank(), "WORLD_SIZE": context.get_world_size()}
+        ranks |= {"LOCAL_RANK": context.get_local_rank(), "LOCAL_WORLD_SIZE": context.get_local_world_size()}
         env = {**os.environ, **{name: str(value) for name, value in ranks.items()}}
         env.update(QLORA_JOB_ID=asked.job, QLORA_ROWS_FD=str(writer))
         env["PYTHONSAFEPATH"] = "1"  # or a folder named job there would be the package
@@ -245,6 +240,7 @@ class _Rank:
 def _lead(rank: _Rank) -> None:
     """Report for the first rank: Ray takes a report about every two seconds, and rows may come faster."""
     board, reports, known = rank.asked.board, 0, 0
+    gauges: dict[str, Gauge] = {}
     while True:
         over = rank.ended()
         row: dict[str, Any] = {}
@@ -254,6 +250,7 @@ def _lead(rank: _Rank) -> None:
             reports += 1
             ray.get(board.announce.remote(rank.start, reports, False))
             checkpoint = int(row.pop("checkpoint", known))
+            _show(row, rank.asked.url, gauges)
             _report(rank, row, checkpoint if checkpoint > known else None)
             known = max(known, checkpoint)
         if over:
@@ -278,6 +275,14 @@ def _follow(rank: _Rank) -> None:
         time.sleep(LOOK_S)
 
 
+def _show(row: dict[str, Any], url: str, known: dict[str, Gauge]) -> None:
+    """The row among the metrics of Ray's nodes, where Prometheus and the dashboard's charts find it: ray_qlora_loss."""
+    for name, value in row.items():
+        if name not in known:
+            known[name] = Gauge(f"qlora_{name}", tag_keys=("run",))
+        known[name].set(value, {"run": url})
+
+
 def _report(rank: _Rank, row: dict[str, Any], step: int | None) -> None:
     """A row of metrics; with a checkpoint that became complete, as a pointer to it: the run keeps its own, and Ray
     deletes what it calls a checkpoint as it likes."""
@@ -287,7 +292,7 @@ def _report(rank: _Rank, row: dict[str, Any], step: int | None) -> None:
     pointer = rank.folder / f"checkpoint-{step}"
     pointer.mkdir()
     content = {"url": f"{rank.asked.url.rstrip('/')}/checkpoints/step-{step:08d}", "step": step}
-    (pointer / POINTER).write_text(json.dumps(content))
+    (pointer / "checkpoint.json").write_text(json.dumps(content))
     ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(pointer))
 
 
