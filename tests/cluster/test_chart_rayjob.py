@@ -13,6 +13,7 @@ from job.launch.kubernetes.request import OUTPUT_NOTE, RUN_LABEL
 from job.launch.slurm.request import address, tag
 from tests.cluster import helm, kuberay
 from tests.cluster.test_chart import GOOD, named
+from tests.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize("values", GOOD, ids=named)
@@ -132,6 +133,63 @@ def test_no_rank_lands_on_the_head() -> None:
 
 def test_kuberay_is_told_the_ray_that_is_installed() -> None:
     assert helm.rayjob()["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
+
+
+def pods_of(values: str) -> dict[str, dict[str, Any]]:
+    """The specs of a job's pods by what they are."""
+    spec = helm.rayjob(helm.VALUES / "good" / values)["spec"]
+    cluster = spec["rayClusterSpec"]
+    templates = {"submitter": spec["submitterPodTemplate"], "head": cluster["headGroupSpec"]["template"]}
+    templates["worker"] = cluster["workerGroupSpecs"][0]["template"]
+    return {kind: template["spec"] for kind, template in templates.items()}
+
+
+def test_a_digest_wins_over_a_tag() -> None:
+    for pod in pods_of("digest.yaml").values():
+        [container] = pod["containers"]
+        assert container["image"] == f"registry.example.com/team/qlora-job@sha256:{'0123456789abcdef' * 4}"
+        assert container["imagePullPolicy"] == "Always"
+
+
+def test_every_pod_has_the_priority_and_the_account_with_its_role() -> None:
+    assert {pod["priorityClassName"] for pod in pods_of("placed.yaml").values()} == {"high"}
+    made = helm.template(helm.VALUES / "good/eks.yaml")
+    account = helm.only(made, "ServiceAccount")["metadata"]
+    assert account["annotations"]["eks.amazonaws.com/role-arn"].startswith("arn:aws:iam::111122223333:role/")
+    assert {pod["serviceAccountName"] for pod in pods_of("eks.yaml").values()} == {account["name"]}
+
+
+def test_volumes_of_the_team_are_where_ranks_and_driver_look() -> None:
+    pods = pods_of("claims.yaml")
+    for kind in ("head", "worker"):
+        mounts = {mount["name"]: mount for mount in pods[kind]["containers"][0]["volumeMounts"]}
+        sources = {volume["name"]: volume for volume in pods[kind]["volumes"]}
+        for name, path, read_only in (("models", "/models", True), ("results", "/results", False)):
+            assert mounts[f"own-{name}"]["mountPath"] == path and mounts[f"own-{name}"]["readOnly"] is read_only
+            assert sources[f"own-{name}"]["persistentVolumeClaim"]["claimName"] == name
+        assert sources["own-bucket"]["csi"]["driver"] == "s3.csi.aws.com"
+
+
+def test_local_disks_are_claimed_for_workers_alone() -> None:
+    pods = pods_of("nvme.yaml")
+    claims = {
+        volume["ephemeral"]["volumeClaimTemplate"]["spec"]["resources"]["requests"]["storage"]: volume["name"]
+        for volume in pods["worker"]["volumes"]
+        if "ephemeral" in volume
+    }
+    mounts = {mount["name"]: mount["mountPath"] for mount in pods["worker"]["containers"][0]["volumeMounts"]}
+    assert mounts[claims["2Ti"]] == "/nvme" and "100Gi" in claims
+    assert "/nvme" not in {mount["mountPath"] for mount in pods["head"]["containers"][0]["volumeMounts"]}
+
+
+def test_the_rendering_that_other_tests_read_is_the_charts() -> None:
+    made = yaml.safe_load_all((REPOSITORY / "tests/golden/kubernetes/rendered.yaml").read_text())
+    golden = [manifest for manifest in made if manifest]
+    config = helm.only(golden, "ConfigMap")["data"]["run.yaml"]
+    values = yaml.safe_load((REPOSITORY / "tests/golden/kubernetes/team.yaml").read_text())
+    values |= {"config": config, "settings": ["train.max_steps=20"]}
+    name = helm.only(golden, "ServiceAccount")["metadata"]["name"]
+    assert helm.template(values, "--namespace", "team", release=name) == golden
 
 
 def job_name(*more: str, release: str = "first", **values: Any) -> str:

@@ -98,11 +98,19 @@ spec:
       volumeMounts:
         {{- include "qlora.commonMounts" . | nindent 8 }}
         {{- include "qlora.runMounts" . | nindent 8 }}
+        {{- if .Values.nvme.size }}
+        - {name: nvme, mountPath: /nvme}
+        {{- end }}
   volumes:
     {{- include "qlora.commonVolumes" . | nindent 4 }}
     - name: cache
       {{- include "qlora.workerCache" . | nindent 6 }}
     {{- include "qlora.runVolumes" . | nindent 4 }}
+    {{- if .Values.nvme.size }}
+    # local disks, which the head's node need not have
+    - name: nvme
+      {{- include "qlora.scratch" .Values.nvme | nindent 6 }}
+    {{- end }}
 {{- end -}}
 
 {{/* On which nodes. Takes (dict "of" head or worker, "workers" the labels of workers, or nothing for the head). */}}

@@ -160,9 +160,6 @@ emptyDir: {sizeLimit: {{ .size | quote }}}
 {{- define "qlora.runMounts" -}}
 - {name: shm, mountPath: /dev/shm}
 - {name: cache, mountPath: /cache}
-{{- if .Values.nvme.size }}
-- {name: nvme, mountPath: /nvme}
-{{- end }}
 {{- if .Values.caBundle.configMap }}
 - {name: ca, mountPath: /etc/qlora-ca, readOnly: true}
 {{- end }}
@@ -184,10 +181,6 @@ emptyDir: {sizeLimit: {{ .Values.cache.size | quote }}}
 # in memory, and counted against the memory of the container
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ .Values.shm.size | quote }}}
-{{- if .Values.nvme.size }}
-- name: nvme
-  {{- include "qlora.scratch" .Values.nvme | nindent 2 }}
-{{- end }}
 {{- with .Values.caBundle }}
 {{- if .configMap }}
 - name: ca
