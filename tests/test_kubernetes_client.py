@@ -47,10 +47,18 @@ def test_a_refusal_is_one_sentence(status: int, error: type[JobError], said: str
     assert refusal.value.exit_code == (2 if issubclass(error, InputError) else 1)
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (403, Forbidden, r"you may not {act} RayJob r in namespace team \(403: no\)"),
+        (409, JobError, r"RayJob r in namespace team is there already, or was changed .* \(409: no\)"),
+        (422, InputError, r"does not take RayJob r in namespace team as it is \(422: no\)"),
+    ],
+)
 @pytest.mark.parametrize("act", ["create", "patch", "delete"])
-def test_refusals_name_what_was_wanted(act: str, kube: Kube) -> None:
+def test_refusals_name_what_was_wanted(act: str, status: int, error: type[JobError], said: str, kube: Kube) -> None:
     cluster, path = connect(), kube.path("RayJob", "" if act == "create" else "r")
-    kube.refuse(f"{ {'create': 'post'}.get(act, act) } {path}", 403, "no")
+    kube.refuse(f"{ {'create': 'post'}.get(act, act) } {path}", status, "no")
     acts: dict[str, Callable[[], Any]] = {
         "create": lambda: cluster.create(path, "RayJob r", {"metadata": {"name": "r"}}),
         "patch": lambda: cluster.patch(path, "RayJob r", {"spec": {}}),
@@ -58,7 +66,7 @@ def test_refusals_name_what_was_wanted(act: str, kube: Kube) -> None:
     }
     if act != "create":
         kube.add("RayJob", "r")
-    with pytest.raises(Forbidden, match=rf"you may not {act} RayJob r in namespace team \(403: no\)"):
+    with pytest.raises(error, match=said.replace("{act}", act)):
         acts[act]()
 
 
