@@ -165,13 +165,14 @@ def test_pyxis_gets_the_image_in_every_step(run_of: RunFile, cluster: Cluster, t
     stand_in.chmod(0o755)
     env = {"QLORA_CONTAINER": "team/image", "QLORA_CONTAINER_RUNTIME": "pyxis", "QLORA_PYTHON": sys.executable}
     path = f"{stand_in.parent}:{ENV['PATH']}"
-    batch = Batch(cluster, tmp_path / "work", ZERO3, run_of("pyxis"), **env, PATH=path)
+    batch = Batch(cluster, tmp_path / "work", "--cpus-per-task=1", ZERO3, run_of("pyxis"), **env, PATH=path)
     assert batch.ended() == "COMPLETED", batch.said()
     work = tmp_path / "work"
     options = f"--container-image=team/image --container-mounts={work}:{work},{REPOSITORY}:{REPOSITORY}"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 5, "open, the nodes' reports, their judgement, the run, its close"
     assert all(f"{options} --container-workdir={work} " in call for call in calls), calls
+    assert all("--cpus-per-task=1 " in call for call in calls), "srun takes it over from no job by itself"
 
 
 def test_nodes_with_unequal_gpus_get_as_many_ranks(run_of: RunFile, tmp_path: Path) -> None:
