@@ -21,7 +21,6 @@ from job.config import RunConfig
 from job.data.load import Dataset, load_dataset
 from job.data.pack import epoch_order
 from job.tokenizer import Tokenizer
-from job.uploads import Uploads
 
 MODEL = Path("models/SmolLM2-135M-Instruct")
 TIMES = 3
@@ -56,10 +55,9 @@ def loaded(rows: Path, work: Path, keep: bool = False, **data: Any) -> tuple[flo
     found = load_dataset(config, tokenizer)
     seconds = time.perf_counter() - begun
     if keep:
-        uploads = Uploads(print, 60)
-        found.keep(uploads, print)
-        uploads.wait(600)
-        uploads.close()
+        writing = found.keep(print)
+        assert writing
+        writing.join()
     return seconds, found
 
 

@@ -18,7 +18,7 @@ from job.errors import OutputError
 from job.store import Store
 
 MANIFEST, FOLDER = "manifest.json", "checkpoints"
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"step-(\d{8,})")
 
 

@@ -22,7 +22,7 @@ from job.whole_files import appearing
 MARKER, CONFIG = "merge.json", "config.json"
 Files = Mapping[str, Sequence[Result]]
 """Names of the files of weights, and the tensors in each."""
-_DRAFT = re.compile(r".+\.\d+\.part|merge\.json\..+\.part")
+_DRAFT = re.compile(r".+\.[0-9a-f]+\.part|merge\.json\..+\.part")
 """A file that its writer was killed over."""
 
 

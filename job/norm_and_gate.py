@@ -19,7 +19,7 @@ from job.experts import Expert
 
 SILU = (nn.SiLU, SiLUActivation)
 MADE_OF = "made_of"
-"""Attribute of an activated gate times up: these two."""
+"""Attribute of an activated gate times up: these two, and its version, which a change in place would raise."""
 
 
 def keep_less(model: nn.Module) -> None:
@@ -33,7 +33,8 @@ def keep_less(model: nn.Module) -> None:
 
 def made_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Gate and up where `x` is silu(gate) * up in a graph, so that it need not be kept; see `gated`."""
-    return getattr(x, MADE_OF, None)
+    *parts, version = getattr(x, MADE_OF, (None,))
+    return (parts[0], parts[1]) if parts and x._version == version else None
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class _Gated:
         gate, up = self.gate_proj(x), self.up_proj(x)
         product: torch.Tensor = _Gate.apply(gate, up)  # type: ignore[no-untyped-call]
         if product.requires_grad:
-            setattr(product, MADE_OF, (gate, up))
+            setattr(product, MADE_OF, (gate, up, product._version))
         result: torch.Tensor = self.down_proj(product)
         return result
 
@@ -138,4 +139,7 @@ def _code(kind: Any) -> str:
     if not isinstance(function, ast.FunctionDef):
         return f"none of {kind}"
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
-    return ast.dump(ast.Module(body, [])) + " ".join(argument.arg for argument in function.args.args)
+    for argument in function.args.args:
+        argument.annotation = None
+    around = [ast.dump(part) for part in (*function.decorator_list, function.args)]
+    return "\n".join([*around, ast.dump(ast.Module(body, []))])

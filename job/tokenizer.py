@@ -135,23 +135,18 @@ class Tokenizer:
         )
 
     def identity(self) -> str | None:
-        """All that decides its ids, as text; None of a tokenizer that is a program."""
-        backend = getattr(self.inner, "backend_tokenizer", None)
-        if backend is None or type(self.inner).__module__.startswith("transformers_modules"):
+        """All that decides its ids, as text; None of a tokenizer that is a program, or has a part that is one."""
+        kind = type(self.inner)
+        if kind.__module__.startswith("transformers_modules"):
             return None
+        try:
+            backend = self.inner.backend_tokenizer.to_str()
+        except Exception:  # there is none, or what is written in Python cannot be written down
+            return None
+        parts = {name: str(token) for name, token in self.inner.special_tokens_map.items()}  # templates are told them
         marks = [sorted(self.specials), *map(sorted, self._foreign.values())]
-        return json.dumps(
-            [
-                backend.to_str(),
-                self.chat_template,
-                self.family_chat,
-                self.eos,
-                self.ends,
-                self.prefix,
-                self._anchor,
-                marks,
-            ]
-        )
+        around = [self.chat_template, self.family_chat, self.eos, self.ends, self.prefix, self._anchor]
+        return json.dumps([kind.__name__, backend, parts, marks, *around])
 
     def save(self, folder: str) -> None:
         """Write the tokenizer's files into a local folder."""

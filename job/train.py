@@ -100,7 +100,7 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     asking = files_that_ask(config, os.environ)
     stop = StopRequest(config.train.stop_grace_s, asking, ends_at, record.stop_key, world.speaks)
     with stop, recorded(record):
-        data.keep(record.uploads, say)
+        data.keep(say)
         seed_random(config.train.seed, world.rank)
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
         model, places = _adapted(skeleton, config, plan)

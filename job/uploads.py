@@ -13,7 +13,7 @@ from typing import Generic, Literal, TypeVar
 from job.errors import JobError
 from job.store import Store, answer, reason, without_query
 
-__all__ = ["LONGEST_PAUSE_S", "Uploads", "passes", "patiently", "pause_s"]
+__all__ = ["LONGEST_PAUSE_S", "Uploads", "passes", "patiently", "pause_s", "why"]
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -235,7 +235,7 @@ class _Job(Generic[T]):
     def lasting(self, fault: OSError) -> JobError:
         """The error for a fault that no other try mends."""
         return JobError(
-            f"the {self.what} cannot be {self._done}: {_why(fault)}. Trying again does not help: make the storage "
+            f"the {self.what} cannot be {self._done}: {why(fault)}. Trying again does not help: make the storage "
             "usable as it was when the run began, then start the run again"
         )
 
@@ -249,7 +249,7 @@ class _Job(Generic[T]):
         )
 
     def _failed(self, fault: Exception) -> None:
-        self.why, self._renews = _why(fault), _about_keys(fault)
+        self.why, self._renews = why(fault), _about_keys(fault)
         if self.since is None:
             self.since = time.monotonic()
             self._tell(f"the {self.what} cannot be {self._done} ({self.why}); trying again {self._meanwhile}")
@@ -275,7 +275,7 @@ def _about_keys(fault: Exception) -> bool:
     return isinstance(fault, PermissionError) or answer(fault)[0] in (400, 401, 403) or bool(KEYS.search(said))
 
 
-def _why(fault: Exception) -> str:
+def why(fault: Exception) -> str:
     """The fault in a few words, none of them secret: who fetches keys may quote what it was given."""
     name = type(fault).__name__
     if _code(fault).startswith("Expired"):

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from job.store import ANSWER_S, SLOWEST, Store, is_s3
 
@@ -74,7 +75,7 @@ class _Draft:
     """A file beside the one that it becomes; fsspec's own drafts lie in /tmp, which may be small."""
 
     def __init__(self, target: str):
-        self.target, self.draft, self.closed = target, f"{target}.{os.getpid()}.part", False
+        self.target, self.draft, self.closed = target, f"{target}.{uuid4().hex}.part", False
         os.makedirs(os.path.dirname(target), exist_ok=True)
         self.file = open(self.draft, "wb")  # noqa: SIM115 - closed by `close` and `discard`
         self.write = self.file.write

@@ -1,10 +1,15 @@
 """Where this process woke up: its rank among how many, the job it belongs to, the machine beneath it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 from job.errors import ConfigError, InputError
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of CPU time in how many of time, of control groups' second version; a container sees its own."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,16 @@ class Hardware:
     bf16: bool
     memory_gib: float
     gpus: int = 0
+
+
+def cores() -> int:
+    """CPUs that this process may use: those that it may run on, and no more than its control group's quota of time."""
+    there = len(os.sched_getaffinity(0))
+    try:
+        quota, period = QUOTA.read_text().split()
+        return max(min(there, int(quota) // int(period)), 1)
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return there
 
 
 def ranks_on(processes: Literal["all"] | int, gpus: int) -> int:

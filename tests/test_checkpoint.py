@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from job.checkpoint import MANIFEST, Checkpoints, Manifest, Part, Unusable, part_of
+from job.checkpoint import FORMAT, MANIFEST, Checkpoints, Manifest, Part, Unusable, part_of
 from job.config.running import Storage
 from job.errors import OutputError
 from job.store import Store
@@ -108,11 +108,11 @@ def test_a_manifest_of_another_step_or_of_a_later_version_is_not_taken(tmp_path:
     (tmp_path / f"checkpoints/step-00000007/{MANIFEST}").write_bytes(content)
     with pytest.raises(Unusable, match=f"{MANIFEST} is that of step {STEP}"):
         checkpoints.manifest(7)
-    values = {**json.loads(content), "format": 2}
+    values = {**json.loads(content), "format": FORMAT + 1}
     del values["sha256"]
     digest = part_of("x", json.dumps(values).encode()).sha256
     (folder / MANIFEST).write_text(json.dumps({**values, "sha256": digest}))
-    with pytest.raises(OutputError, match="has format 2, this version reads 1"):
+    with pytest.raises(OutputError, match=f"has format {FORMAT + 1}, this version reads {FORMAT}"):
         checkpoints.manifest(STEP)
 
 

@@ -1,6 +1,7 @@
 """Tokens that stay: the next start finds them, what would change them makes others, and no fault ends a run."""
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import pytest
 import transformers
 
 from job import tokenizer as reader
+from job import world
 from job.config import RunConfig
 from job.data import kept
 from job.data.encode import Encoder, Tokens
 from job.data.load import Dataset, load_dataset
 from job.errors import DataError
 from job.tokenizer import Tokenizer
-from job.uploads import Uploads
 from tests.conftest import alpaca_rows, losses, settings, write_rows
 from tests.ranks import run_ranks
 from tests.stores import KINDS, make_store
@@ -39,15 +40,12 @@ def load(tiny_model: Path, tmp_path: Path) -> Load:
         file = write_rows(tmp_path / "rows.jsonl", rows or alpaca_rows(30))
         values = settings("owner/model", file, str(tmp_path / "out"), data=data, **sections)
         found = load_dataset(RunConfig.model_validate(values), tokenizer or Tokenizer(str(tiny_model)))
-        heard: list[str] = []
-        uploads = Uploads(heard.append, 5)
-        found.keep(uploads, heard.append)
-        uploads.wait(30)
-        uploads.close()
-        if said is None:
-            assert not heard
-        else:
-            said += heard
+        heard: list[str] = [] if said is None else said
+        writing = found.keep(heard.append)
+        assert writing
+        writing.join(30)
+        assert not writing.is_alive()
+        assert said is not None or not heard
         return found
 
     return loaded
@@ -106,9 +104,11 @@ def test_another_row_tokenizer_or_program_makes_others(
     cache = {"cache": str(tmp_path / "tokens")}
     load(cache)
     assert not there(load(cache, rows=[*alpaca_rows(29), {"instruction": "other", "output": "row"}]))
-    for change in ("template", "token"):
+    for change in ("template", "token", "part"):
         inner = transformers.AutoTokenizer.from_pretrained(tiny_model)
-        if change == "template":
+        if change == "part":  # the template is told which token begins a text; both are special
+            inner.pad_token = inner.eos_token
+        elif change == "template":
             inner.chat_template = inner.chat_template.replace("user", "person") + " "
         else:
             inner.add_tokens(["wholly"])
@@ -133,6 +133,24 @@ def test_what_a_program_of_the_users_makes_is_never_kept(load: Load, tmp_path: P
         data = load({"cache": str(tmp_path / "tokens"), "format": "tests.my_rows:ask"}, rows=rows)
         assert not there(data)
     assert not (tmp_path / "tokens").exists()
+
+
+def test_a_place_of_no_known_kind_is_wrong_input(load: Load) -> None:
+    with pytest.raises(DataError, match=r"^data\.cache: .*Protocol not known: foo\. Name a folder at a URL whose"):
+        load({"cache": "foo://bucket/tokens"})
+
+
+def test_a_closed_terminal_is_no_fault(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+
+    class Closed(list[str]):
+        def append(self, line: str) -> None:
+            raise BrokenPipeError
+
+    faults: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    load({"cache": str(tmp_path / "file" / "tokens")}, Closed())
+    assert faults == []
 
 
 def test_few_rows_are_not_worth_a_file_of_the_run(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +192,23 @@ def test_a_place_that_takes_nothing_costs_a_sentence(load: Load, tmp_path: Path)
     assert said[0].startswith(f"the tokens are not kept in {tmp_path}/file/tokens (")
 
 
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("990000 100000", 6), ("", 6)],
+)
+def test_cpus_are_those_of_the_container(
+    quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(world, "QUOTA", tmp_path / "cpu.max")
+    assert world.cores() == 6
+    world.QUOTA.write_text(quota)
+    assert world.cores() == expected
+
+
 def test_many_rows_get_processes(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.data.encode.ROWS_A_WORKER", 10)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(2)))
+    monkeypatch.setattr("job.data.encode.cores", lambda: 2)
     counts: list[int] = []
     count = Encoder._workers
 

@@ -141,7 +141,8 @@ class Data(Section):
     and 16; off is 1, this process. Free."""
     cache: Annotated[Free[str | None], NO_KEYS] = "auto"
     """Folder at any URL where rows stay as tokens, named by a hash of all that these depend on, for every run that asks
-    for the same; auto is `tokens` under output.url, used from 10,000 rows on; off is null. Free."""
+    for the same; auto is `tokens` under output.url, used from 10,000 rows on; off is null. Not of streams, nor where
+    the format or tokenizer is a program of your own. Nothing is removed there. Free."""
     shuffle: Fixed[bool] = True
     """New order each epoch, a function of train.seed and epoch alone; off (false) keeps the file's order. Fixed."""
 
@@ -149,6 +150,13 @@ class Data(Section):
     @classmethod
     def _some_source(cls, train: str | list[str]) -> str | list[str]:
         return _named(train)
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_can_be_written(cls, cache: str | None) -> str | None:
+        if cache is not None and (not cache.strip() or cache.startswith(("http://", "https://"))):
+            raise ValueError("is no folder that can be written. Name one such as s3://bucket/tokens, or use null")
+        return cache
 
     @model_validator(mode="after")
     def _template_goes_with_format(self) -> Self:

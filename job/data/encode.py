@@ -20,6 +20,7 @@ from job.errors import DataError
 from job.formats import Format, learn_last, segments_of
 from job.tokenizer import Tokenizer
 from job.turns import Segment
+from job.world import cores
 
 ROWS_A_WORKER, MOST_WORKERS = 4000, 16
 """Rows that are worth a process of their own, which takes a second to start; and processes at most."""
@@ -166,7 +167,9 @@ class Encoder:
     def _workers(self, rows: int) -> int:
         if self.data.workers != "auto":
             return min(self.data.workers, rows)
-        return min(rows // ROWS_A_WORKER, len(os.sched_getaffinity(0)), MOST_WORKERS)
+        if ":" in self.name:  # a program of the user's, which may remember rows
+            return 1
+        return min(rows // ROWS_A_WORKER, cores(), MOST_WORKERS)
 
     def _encode_batch(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"ids": [], "learn": [], "row": [], "fate": []}

@@ -5,8 +5,10 @@ A file is `HASH.parquet`, the table of `Encoder.table`. What cannot be read or k
 
 import io
 import json
+import threading
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from contextlib import suppress
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +21,10 @@ import job
 from job.config import RunConfig
 from job.data.encode import Encoder
 from job.data.rows import Row
-from job.store import Store, reason
-from job.uploads import Uploads
+from job.errors import DataError
+from job.store import Store, without_query
+from job.telling import telling
+from job.uploads import why
 from job.whole_files import Write, appearing
 
 FROM_ROWS = 10_000
@@ -34,14 +38,20 @@ class Kept:
 
     Attributes:
         said: sentences on what was found, and what could not be read.
+
+    Raises:
+        DataError: data.cache is no URL of a kind that is known here.
     """
 
     def __init__(self, config: RunConfig):
         where = config.data.cache
         own = where == "auto"
-        self.store = None if where is None else Store(where, config.storage)
+        self.store: Store | None = None
         if own:
             self.store = Store(config.output.url, config.storage).child("tokens")
+        elif where is not None:
+            with telling(DataError, "data.cache", "Name a folder at a URL whose driver is installed"):
+                self.store = Store(where, config.storage)
         self.least = FROM_ROWS if own else 0
         self.said: list[str] = []
         self._new: list[tuple[str, pyarrow.Table]] = []
@@ -52,8 +62,10 @@ class Kept:
         Raises:
             DataError: a row cannot be used.
         """
-        name = name_of(encoder, rows) if self.store is not None and len(rows) >= self.least else None
-        found = self._read(name) if name else None
+        if self.store is None or len(rows) < self.least:
+            return encoder.table(rows)
+        name = name_of(encoder, rows)
+        found = self._read(self.store, name) if name else None
         if found is not None:
             self.said.append(f"the tokens of {len(rows)} rows were there already")
             return found
@@ -62,23 +74,36 @@ class Kept:
             self._new.append((name, made))
         return made
 
-    def keep(self, queue: Uploads, say: Callable[[str], None]) -> None:
-        """Have what was made written, once; `say` hears why it cannot be."""
-        for name, table in self._new:
-            assert self.store is not None
-            queue.put("tokens", partial(_write, self.store, name, table, say), self.store)
-        self._new.clear()
+    def keep(self, say: Callable[[str], None]) -> threading.Thread:
+        """Have what was made written by a thread that nobody needs to wait for, neither checkpoints nor the end of the
+        run. `say` hears why it cannot be."""
+        thread = threading.Thread(target=self._write, args=(self._new, say), name="tokens", daemon=True)
+        self._new = []
+        thread.start()
+        return thread
 
-    def _read(self, name: str) -> pyarrow.Table | None:
-        assert self.store is not None
+    def _read(self, store: Store, name: str) -> pyarrow.Table | None:
         try:
-            content = pyarrow.BufferReader(self.store.read(name))
+            content = pyarrow.BufferReader(store.read(name))
             return pyarrow.parquet.read_table(content, page_checksum_verification=True)
         except FileNotFoundError:
             return None
         except Exception as fault:  # every driver has its own errors
-            self.said.append(f"{self.store.url}/{name} cannot be read ({reason(fault)}): the tokens are made anew")
+            where = without_query(f"{store.url}/{name}")
+            self.said.append(f"{where} cannot be read ({why(fault)}): the tokens are made anew")
             return None
+
+    def _write(self, new: Sequence[tuple[str, pyarrow.Table]], say: Callable[[str], None]) -> None:
+        for name, table in new:
+            assert self.store is not None
+            try:
+                with appearing(self.store, name) as write:
+                    plain = table.replace_schema_metadata(None)  # datasets writes its own view of it there
+                    pyarrow.parquet.write_table(plain, _Sink(write), compression="zstd", write_page_checksum=True)
+            except Exception as fault:  # every driver has its own errors
+                where = without_query(self.store.url)
+                with suppress(OSError):  # a terminal that is closed
+                    say(f"the tokens are not kept in {where} ({why(fault)}): the next start makes them again")
 
 
 def name_of(encoder: Encoder, rows: Sequence[Row]) -> str | None:
@@ -101,15 +126,6 @@ def _program() -> str:
     sources = sorted(Path(job.__file__).parent.rglob("*.py"))
     code = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return " ".join([job.__version__, code, *map(version, LIBRARIES), ""])
-
-
-def _write(store: Store, name: str, table: pyarrow.Table, say: Callable[[str], None]) -> None:
-    try:
-        with appearing(store, name) as write:
-            plain = table.replace_schema_metadata(None)  # datasets writes its own view of it there
-            pyarrow.parquet.write_table(plain, _Sink(write), compression="zstd", write_page_checksum=True)
-    except Exception as fault:  # every driver has its own errors
-        say(f"the tokens are not kept in {store.url} ({reason(fault)}): the next start makes them again")
 
 
 class _Sink(io.RawIOBase):

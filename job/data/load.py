@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Thread
 
 import pyarrow
 
@@ -17,7 +18,6 @@ from job.data.stream import Share, Stream
 from job.errors import DataError, InputError
 from job.formats import format_of
 from job.tokenizer import Tokenizer
-from job.uploads import Uploads
 
 Table = Callable[[Encoder, Sequence[Row]], pyarrow.Table]
 
@@ -46,10 +46,9 @@ class Dataset:
         held_out = [] if self.held_out is None else [f"held out: {self.held_out.report()}"]
         return [*self.how, f"train: {self.train.report()}", *held_out]
 
-    def keep(self, queue: Uploads, say: Callable[[str], None]) -> None:
+    def keep(self, say: Callable[[str], None]) -> Thread | None:
         """Have tokens that were made now written where the next start finds them; on the rank that made them."""
-        if self.kept is not None:
-            self.kept.keep(queue, say)
+        return None if self.kept is None else self.kept.keep(say)
 
     def check(self, fits: Fits) -> None:
         """Have all rows judged: those in memory now, a stream's as they come."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 WINDOW = 1024
-"""Rows among which partners are looked for: enough to fill over 99% of the slots, few enough to stay shuffled."""
+"""Rows among which partners are looked for: enough to fill over 99% of the slots with short rows, few enough to stay
+shuffled."""
 
 
 def epoch_order(

@@ -250,7 +250,7 @@ def _lead(rank: _Rank) -> None:
             reports += 1
             ray.get(board.announce.remote(rank.start, reports, False))
             checkpoint = int(row.pop("checkpoint", known))
-            _show(row, rank.asked.url, gauges)
+            _show({"left_out": 0, **row}, rank.asked.url, gauges)  # only steps that were say it
             _report(rank, row, checkpoint if checkpoint > known else None)
             known = max(known, checkpoint)
         if over:
