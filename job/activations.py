@@ -146,8 +146,7 @@ def kept_bytes(shape: Shape, job: Job) -> int:
 def layer_bytes(shape: Shape, job: Job) -> int:
     """What one layer keeps when it is not recomputed, bytes."""
     each = shape.norms * _norm(shape, job) + _head_norms(shape, job) + _attention(shape, job) + _mlp(shape, job)
-    if any("*" in linear.path for linear in shape.linears):  # each expert's output, and the same weighted
-        each += 2 * job.item * shape.experts_per_token * shape.hidden
+    each += _experts(shape, job)
     whole = 0.0
     if job.masked:  # made from the boolean mask in every layer anew
         whole += job.micro_batch * job.length**2 * job.item
@@ -167,6 +166,16 @@ def layer_bytes(shape: Shape, job: Job) -> int:
         if job.dora:
             whole += times * _dora(linear, job)
     return round(job.tokens * each + whole)
+
+
+def _experts(shape: Shape, job: Job) -> float:
+    """Bytes a token: the output of each expert that it is sent to, and the same weighted; the probability of every
+    expert in fp32; the output of an expert that all tokens share, before its own weight."""
+    count = max((linear.count / shape.layers for linear in shape.linears if "*" in linear.path), default=0)
+    if not count:
+        return 0
+    shared = any("shared_expert" in linear.parent for linear in shape.linears)
+    return job.item * shape.hidden * (2 * shape.experts_per_token + shared) + 4 * count
 
 
 def working_bytes(shape: Shape, job: Job, tokens: int) -> int:

@@ -250,7 +250,7 @@ def test_other_jobs_nameless_ones_and_those_not_started_again_since_wait(
     tmp_path: Path, theirs: str | None, their_attempt: int | None, ours: str | None, attempt: int | None
 ) -> None:
     store = Store(str(tmp_path))
-    store.write(FIRST, elsewhere(theirs, 1, their_attempt).content())
+    store.write(FIRST, elsewhere(theirs, 2, their_attempt).content())
     with acquired(store, ours, attempt=attempt) as (_, said):
         assert len(said) == 1
 
