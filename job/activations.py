@@ -23,20 +23,8 @@ COMPOSITE = ("gelu_new", "gelu_fast")
 """Activations that transformers writes out in products, so that autograd keeps four tensors instead of one."""
 
 NORMS = (
-    *(
-        "llama",
-        "mistral",
-        "ministral",
-        "mixtral",
-        "qwen2",
-        "qwen3",
-        "qwen2_moe",
-        "qwen3_moe",
-        "olmoe",
-        "phi3",
-        "granite",
-    ),
-    *("glm", "glm4", "smollm3", "exaone4", "seed_oss", "internlm3", "hunyuan_v1_dense"),
+    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "granite"),
+    *("phi3", "glm", "glm4", "smollm3", "exaone4", "seed_oss", "internlm3", "hunyuan_v1_dense"),
 )
 """Model types whose RMS norms are Llama's to the letter, so that `norm_and_gate` takes them in one step."""
 GATES = (

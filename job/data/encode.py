@@ -208,7 +208,7 @@ def tokens_of(table: pyarrow.Table) -> Tokens:
     lengths = pyarrow.compute.list_value_length(table["ids"]).to_numpy()
     if not lengths.any():
         raise nothing_to_learn(fate)
-    offsets = np.cumsum([0, *lengths[lengths > 0]], dtype=np.int64)
+    offsets = np.concatenate([[0], lengths[lengths > 0]]).cumsum(dtype=np.int64)
     rows = table["row"].to_numpy()[lengths > 0]
     return Tokens(_flat(table["ids"], np.int32), _flat(table["learn"], np.bool_), offsets, rows, fate)
 
