@@ -68,6 +68,12 @@ def assert_equal(first: Tokens, second: Tokens) -> None:
     assert first.fate == second.fate
 
 
+def save(inner: Any, model: Path, folder: Path) -> None:
+    """A tokenizer, with what the model's folder says of the ends of answers, which decide tokens too."""
+    inner.save_pretrained(folder)
+    (folder / reader.GENERATION).write_bytes((model / reader.GENERATION).read_bytes())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_start_finds_the_same_tokens(kind: str, load: Load, request: pytest.FixtureRequest) -> None:
     store = make_store(kind, request)
@@ -106,13 +112,13 @@ def test_another_row_tokenizer_or_program_makes_others(
     assert not there(load(cache, rows=[*alpaca_rows(29), {"instruction": "other", "output": "row"}]))
     for change in ("template", "token", "part"):
         inner = transformers.AutoTokenizer.from_pretrained(tiny_model)
-        if change == "part":  # the template is told which token begins a text; both are special
-            inner.pad_token = inner.eos_token
+        if change == "part":  # of which templates are told; both tokens stay special
+            inner.bos_token = inner.eos_token
         elif change == "template":
             inner.chat_template = inner.chat_template.replace("user", "person") + " "
         else:
             inner.add_tokens(["wholly"])
-        inner.save_pretrained(tmp_path / change)
+        save(inner, tiny_model, tmp_path / change)
         assert not there(load(cache, tokenizer=Tokenizer(str(tmp_path / change))))
     assert there(load(cache))
     monkeypatch.setattr(kept, "_program", lambda: "another version ")
@@ -122,8 +128,7 @@ def test_another_row_tokenizer_or_program_makes_others(
 def test_the_tokenizer_may_lie_elsewhere(load: Load, tiny_model: Path, tmp_path: Path) -> None:
     cache = {"cache": str(tmp_path / "tokens")}
     load(cache)
-    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / reader.GENERATION).write_bytes((tiny_model / reader.GENERATION).read_bytes())
+    save(transformers.AutoTokenizer.from_pretrained(tiny_model), tiny_model, tmp_path / "elsewhere")
     assert there(load(cache, tokenizer=Tokenizer(str(tmp_path / "elsewhere"))))
 
 
