@@ -95,7 +95,7 @@ image: context
 lock: $(VENV)/.dev
 	mkdir -p build
 	sed -i '/^[^#]/d' requirements.lock
-	$(VENV)/bin/python -m pip freeze --all --exclude-editable | sed '/^pip==/d; s/+cpu$$//; s/+cu[0-9]*$$//' >> requirements.lock
+	$(VENV)/bin/python -m pip freeze --all --exclude-editable | sed '/^pip==/d; /^triton==/d; s/+cpu$$//; s/+cu[0-9]*$$//' >> requirements.lock
 	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --dry-run --ignore-installed \
 	    --only-binary=:all: --report build/cuda.json -c requirements.lock torch $(CUDA_ONLY)
 	$(VENV)/bin/python -c 'import json; found = [one["metadata"] for one in json.load(open("build/cuda.json"))["install"]]; \

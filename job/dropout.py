@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 if torch.cuda.is_available():
-    from job.dropout_gpu import drop_on_gpu
+    from job.kernels.dropout import drop_on_gpu
 
 MULTIPLY = (-1640531535, -2048144777)
 """0x9E3779B1 and 0x85EBCA77 as int32: the odd constants of xxHash32, which spread low bits to high ones. The kernel in
-`dropout_gpu` has the same."""
+`kernels.dropout` has the same."""
 
 
 class Places:

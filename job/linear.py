@@ -8,6 +8,9 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as F
 import torch
 
+if torch.cuda.is_available():
+    from job.kernels import four_bits
+
 _RELEASED = "NOT_AVAILABLE"
 """DeepSpeed's name of the state."""
 
@@ -71,9 +74,15 @@ def product(
 
 @contextmanager
 def values(weight: torch.Tensor, state: F.QuantState | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The frozen weight's values [out, in] in a backward pass, dequantized."""
+    """The frozen weight's values [out, in] dequantized."""
     with gathered(weight):
-        yield (weight.detach() if state is None else F.dequantize_4bit(weight.detach().view(-1, 1), state)).to(dtype)
+        stored = weight.detach()
+        if state is None:
+            yield stored.to(dtype)
+        elif stored.is_cuda and four_bits.readable(state):
+            yield four_bits.dequantized(stored, state, dtype)
+        else:
+            yield F.dequantize_4bit(stored.view(-1, 1), state).to(dtype)
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from torch import nn
 
 from job.activations import CHUNK
 
+if torch.cuda.is_available():
+    from job.kernels.losses import losses_in_place
+
 
 class LossHead(nn.Linear):
     """An output layer that gives logits, or, told the targets, the sum of -log p in their place."""
@@ -72,7 +75,13 @@ class _Loss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(states), rows):
             part = slice(start, start + rows)
-            logits = nn.functional.linear(states[part], weight, bias).float()
+            logits = nn.functional.linear(states[part], weight, bias)
+            if logits.is_cuda:
+                total += losses_in_place(logits, wanted[part], ignored, gradient is not None).sum(dtype=torch.float64)
+                if gradient is not None:
+                    torch.mm(logits, weight, out=gradient[part])
+                continue
+            logits = logits.float()
             learnt = (wanted[part] != ignored).unsqueeze(1)
             places = wanted[part].unsqueeze(1).where(learnt, 0)
             norms = logits.logsumexp(1, keepdim=True)

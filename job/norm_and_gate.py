@@ -4,9 +4,6 @@ A norm keeps its input as it came instead of a copy in fp32. Of a gated MLP gate
 which the linear behind would keep for its adapter, is made again. Values are those of the chains, bit for bit.
 """
 
-import ast
-import inspect
-import textwrap
 from typing import Any
 
 import torch
@@ -16,6 +13,10 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from job.experts import Expert
+from job.forward_code import code
+
+if torch.cuda.is_available():
+    from job.kernels import gates, norms
 
 SILU = (nn.SiLU, SiLUActivation)
 MADE_OF = "made_of"
@@ -39,6 +40,8 @@ def made_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (Shazeer 2020, GLU Variants Improve Transformer), without a graph."""
+    if gate.is_cuda:
+        return gates.gate_times_up(gate.contiguous(), up.contiguous())
     return F.silu(gate).mul_(up)
 
 
@@ -85,6 +88,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        if x.is_cuda:
+            y, roots = norms.norm(x, weight, epsilon)
+            ctx.save_for_backward(x, weight, roots)
+            return y
         wide = x.float()
         roots = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
         if ctx.needs_input_grad[0]:
@@ -94,6 +101,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, roots = ctx.saved_tensors
+        if x.is_cuda:
+            return norms.norm_gradient(grads[0], x, weight, roots), None, None
         wide, slopes = x.float(), (grads[0] * weight).float()
         means = (slopes * wide).mean(-1, keepdim=True)
         slopes.addcmul_(wide, roots.square() * means, value=-1).mul_(roots)
@@ -111,6 +120,11 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         gate, up = ctx.saved_tensors
+        if gate.is_cuda and all(ctx.needs_input_grad) and gate.is_contiguous() and up.is_contiguous():
+            gates.gradients_in_place(grads[0].contiguous(), gate, up)
+            # what is used up: whoever would go through the graph again is told
+            torch.autograd.graph.increment_version((gate, up))
+            return gate.detach(), up.detach()
         dgate = dup = None
         if ctx.needs_input_grad[0]:
             dgate = grads[0] * up
@@ -126,20 +140,6 @@ def _in_place_of(kind: Any) -> Any:
     transformers copies Llama's into each family, but for documentation and annotations.
     """
     for ours, references in ((_Norm, (LlamaRMSNorm,)), (_Gated, (LlamaMLP, Expert))):
-        if _code(kind) in map(_code, references):
+        if code(kind) in map(code, references):
             return type(kind.__name__, (ours, kind), {"__module__": kind.__module__})
     return None
-
-
-def _code(kind: Any) -> str:
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
-    except (OSError, TypeError, SyntaxError, ValueError):  # no source: built in, or made while running
-        return f"none of {kind}"
-    if not isinstance(function, ast.FunctionDef):
-        return f"none of {kind}"
-    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
-    for argument in function.args.args:
-        argument.annotation = None
-    around = [ast.dump(part) for part in (*function.decorator_list, function.args)]
-    return "\n".join([*around, ast.dump(ast.Module(body, []))])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.s3 import S3, serve
 
@@ -17,6 +18,8 @@ for deaf in (signal.SIGINT, signal.SIGHUP):  # a shell's background job, nohup: 
     if signal.getsignal(deaf) == signal.SIG_IGN:
         signal.signal(deaf, signal.default_int_handler if deaf == signal.SIGINT else signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores would spin against each other
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which bitsandbytes does
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
