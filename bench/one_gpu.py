@@ -1,18 +1,26 @@
-"""Speed and memory of a run on one GPU: a 7B Llama-2 shape with random weights (speed does not depend on them).
+"""Speed and memory on one GPU, ours beside others: a 7B Llama-2 shape with random weights (speed does not depend on
+them).
 
-    python bench/one_gpu.py [FOLDER]
+    python -m bench.one_gpu [--stacks NAME...] [--work FOLDER] [--table FILE]
 
-Prints one line a variant: tokens per second (median of the steps after the third) and peak memory from metrics.jsonl,
-and the seconds that the whole command took besides its steps. Results with date and hardware: bench/RESULTS.md.
+Every figure is a process of its own, ours through `qlora train` as users start it, others (`peers.py`) in a bare loop;
+all in one run, since machines differ. Prints a line of JSON for each and then the table: tokens per second (median of
+the steps after the third) and peak memory. Stacks that are not installed are left out and named. Results with date and
+hardware: bench/RESULTS.md.
 """
 
+import argparse
+import datetime
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,16 +29,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 WORDS = 32000 - 4
 STEPS = 9
-VARIANTS = [
-    (2048, 4, "full", 0.0),
-    (2048, 4, "full", 0.05),
-    (2048, 4, "none", 0.0),
-    (2048, 4, "none", 0.05),
-    (512, 1, "none", 0.0),
-    (8192, 1, "full", 0.0),
-    (8192, 1, "none", 0.0),
-]
-"""Sequence length, sequences, recompute, dropout; each is measured with train.fused and without."""
+SHAPES = [(2048, 4, "full"), (2048, 4, "none"), (512, 1, "none"), (8192, 1, "full"), (8192, 1, "none")]
+"""Sequence length, sequences, recompute."""
+OURS = {
+    "ours": [],
+    "ours, fp8": ["train.base_compute=fp8"],
+    "ours, dropout 0.05": ["lora.dropout=0.05"],
+    "ours, unfused": ["train.fused=false"],
+}
+PEERS = {"unsloth": "unsloth", "trainer": "bitsandbytes", "trainer+liger": "liger_kernel"}
+"""Stacks, and the package without which there is none."""
 
 
 def make_model(folder: Path) -> None:
@@ -44,7 +52,9 @@ def make_model(folder: Path) -> None:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3} | {f"w{i}": i + 4 for i in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    ).save_pretrained(folder)
 
 
 def make_rows(path: Path, length: int, count: int) -> Path:
@@ -92,24 +102,57 @@ def measure(model: Path, work: Path, length: int, micro: int, *overrides: str, r
     }
 
 
-def main(work: Path) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    model = work / "7b"
+def measure_peer(stack: str, model: Path, length: int, micro: int, recompute: str) -> dict[str, float]:
+    """The figures of another stack; what it wrote last, where it failed."""
+    words = [sys.executable, "-m", "bench.peers", stack, str(model), str(length), str(micro), recompute]
+    done = subprocess.run(words, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        print(f"{stack} failed: {(done.stderr or done.stdout)[-500:]}", file=sys.stderr)
+        return {}
+    found: dict[str, float] = json.loads(lines[-1])
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a stack and shape."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "unsloth", "liger-kernel")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages if find_spec(name.replace("-", "_")))
+    lines = [f"{torch.cuda.get_device_name()}, {versions}, {datetime.date.today()}", ""]
+    lines += ["| tokens a step | recompute | stack | tok/s | peak GiB |", "|---|---|---|---|---|"]
+    for row in rows:
+        speed, peak = f"{row['tokens_per_s']:,}", f"{row['peak_gib']:.1f}"
+        lines.append(f"| {row['tokens']} | {row['recompute']} | {row['stack']} | {speed} | {peak} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stacks", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/bench"))
+    parser.add_argument("--table", type=Path, help="where to write the table")
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    model = asked.work / "7b"
     make_model(model)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for length, micro, recompute, dropout in VARIANTS:
-        how = [f"train.recompute={recompute}", f"lora.dropout={dropout}", "train.optimizer=paged_adamw_8bit"]
-        for fused in ("true", "false"):
-            figures = measure(model, work, length, micro, *how, f"train.fused={fused}")
-            row = {
-                "tokens": f"{micro} x {length}",
-                "recompute": recompute,
-                "dropout": dropout,
-                "fused": fused,
-                **figures,
-            }
-            print(json.dumps(row), flush=True)
+    rows = []
+    for length, micro, recompute in SHAPES:
+        how = [f"train.recompute={recompute}", "train.optimizer=paged_adamw_8bit"]
+        for stack in asked.stacks:
+            if stack in PEERS and not find_spec(PEERS[stack]):
+                print(f"{stack} is not installed", file=sys.stderr)
+                continue
+            if stack in OURS:
+                figures = measure(model, asked.work, length, micro, *how, "lora.dropout=0", *OURS[stack])
+            else:
+                figures = measure_peer(stack, model, length, micro, recompute)
+            if figures:
+                rows.append({"stack": stack, "tokens": f"{micro} x {length}", "recompute": recompute, **figures})
+                print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    if asked.table:
+        asked.table.write_text(table(rows) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp/bench"))
+    main()

@@ -84,7 +84,7 @@ class Job:
     """Elements of a gradient bucket."""
     overlap_comm: bool = True
     """Whether there are two buckets."""
-    contiguous_gradients: bool = True
+    contiguous_gradients: bool | None = None
     """Whether there are buckets at all."""
     persistence: int = 1_000_000
     """Parameters of at most so many stored elements stay whole under zero3 and hpz."""

@@ -29,9 +29,10 @@ def this_hardware(local_rank: int) -> Hardware:
         torch.cuda.set_device(local_rank)
         properties = torch.cuda.get_device_properties(local_rank)
         bf16 = properties.major >= 8  # emulated below, at a fraction of the speed
-        return Hardware("cuda", properties.name, bf16, properties.total_memory / 2**30, torch.cuda.device_count())
+        gib, gpus = properties.total_memory / 2**30, torch.cuda.device_count()
+        return Hardware("cuda", properties.name, bf16, gib, gpus, fp8=properties.major >= 9)
     cores = f"{len(os.sched_getaffinity(0))} CPU cores"
-    return Hardware("cpu", cores, True, psutil.virtual_memory().total / 2**30)
+    return Hardware("cpu", cores, True, psutil.virtual_memory().total / 2**30, fp8=False)
 
 
 def peak_memory_gib(device: str) -> float:

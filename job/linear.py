@@ -76,13 +76,18 @@ def product(
 def values(weight: torch.Tensor, state: F.QuantState | None, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The frozen weight's values [out, in] dequantized."""
     with gathered(weight):
-        stored = weight.detach()
-        if state is None:
-            yield stored.to(dtype)
-        elif stored.is_cuda and four_bits.readable(state):
-            yield four_bits.dequantized(stored, state, dtype)
-        else:
-            yield F.dequantize_4bit(stored.view(-1, 1), state).to(dtype)
+        yield dequantized(weight, state, dtype)
+
+
+def dequantized(weight: torch.Tensor, state: F.QuantState | None, dtype: torch.dtype) -> torch.Tensor:
+    """The values [out, in] of a frozen weight that is here."""
+    stored = weight.detach()
+    if state is None:
+        return stored.to(dtype)
+    if stored.is_cuda and four_bits.readable(state):
+        return four_bits.dequantized(stored, state, dtype)
+    whole: torch.Tensor = F.dequantize_4bit(stored.view(-1, 1), state)
+    return whole.to(dtype)
 
 
 @contextmanager

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
 from peft.tuners.lora import bnb, layer
 from torch import nn
 
-from job.dropout import RowDropout, drop
+from job import fp8
+from job.dropout import RowDropout
 from job.forward_code import called_alike
-from job.linear import FrozenLinear4bit, gathered, product, values
-from job.norm_and_gate import gated, keep_less, made_of
+from job.linear import FrozenLinear4bit
+from job.lora_sums import Layer, Sums
+from job.norm_and_gate import keep_less, made_of
 from job.rotary import rotate_in_one_step
 
 ADAPTER = "default"
@@ -35,12 +36,16 @@ class _Together:
     version: int = 0
     made: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def take(self, asked: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """What was made for the layer that is asked."""
+        if self.x is not x or self.version != x._version or id(asked) not in self.made:
+            return None
+        found = self.made.pop(id(asked))
+        self.x = x if self.made else None
+        return found
+
     def forward(self, asked: Any, x: torch.Tensor) -> torch.Tensor:
-        """The output of the layer that was asked."""
-        if self.x is x and self.version == x._version and id(asked) in self.made:
-            found = self.made.pop(id(asked))
-            self.x = x if self.made else None
-            return found
+        """The output of the layer that is asked, the first of them."""
         layers = [asked, *(one for one in self.layers if one is not asked and _is_plain(one, x))]
         first, *others = _sums(x, layers)
         self.made = {id(one): output for one, output in zip(layers[1:], others, strict=True)}
@@ -52,9 +57,13 @@ class _OneStep:
     """Before one of peft's layers: its forward pass in one step, where its adapter is plain LoRA."""
 
     together: _Together | None = None
+    base_in_fp8 = False
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in] to [..., out]."""
+        made: torch.Tensor | None = self.together.take(self, x) if self.together is not None else None
+        if made is not None:
+            return made
         if args or kwargs or not _is_plain(self, x):
             other: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return other
@@ -73,14 +82,19 @@ class LoraLinear(_OneStep, layer.Linear):  # type: ignore[misc]
     """peft's layer around a linear that is not quantized, in one step."""
 
 
-def in_one_step(model: nn.Module) -> None:
-    """Have every layer with LoRA compute it in one step where it can, and norms, gated MLPs and rotations too."""
+def in_one_step(model: nn.Module, base_in_fp8: bool = False) -> None:
+    """Have every layer with LoRA compute it in one step where it can, and norms, gated MLPs and rotations too.
+
+    Args:
+        base_in_fp8: have these layers multiply by their frozen weights in 8 bits while they learn.
+    """
     keep_less(model)
     rotate_in_one_step(model)
     kinds: dict[type, Any] = {bnb.Linear4bit: LoraLinear4bit, layer.Linear: LoraLinear}
-    for module in model.modules():
-        if type(module) in kinds:
-            module.__class__ = kinds[type(module)]
+    found: list[Any] = [module for module in model.modules() if type(module) in kinds]
+    for lora in found:
+        lora.__class__ = kinds[type(lora)]
+        lora.base_in_fp8 = base_in_fp8 and fp8.fits(lora.out_features, lora.in_features)
     groups = {kind: called_alike(kind) for kind in {type(module) for module in model.modules()}}
     for module in model.modules():
         for names in groups[type(module)]:
@@ -95,17 +109,21 @@ def _is_plain(lora: Any, x: torch.Tensor) -> bool:
         return False
     if lora.disable_adapters or lora.merged or list(lora.active_adapters) != [ADAPTER] or lora.lora_variant:
         return False
-    base, a, b = lora.base_layer, lora.lora_A[ADAPTER], lora.lora_B[ADAPTER]
-    if type(base) not in (FrozenLinear4bit, nn.Linear) or b.bias is not None or base.weight.requires_grad:
+    # looked up where torch keeps them: its modules' own way takes longer than a small product
+    parts = lora._modules
+    base = parts["base_layer"]
+    a, b, dropout = (parts[name]._modules[ADAPTER] for name in ("lora_A", "lora_B", "lora_dropout"))
+    weight, its_a, its_b = (one._parameters["weight"] for one in (base, a, b))
+    if type(base) not in (FrozenLinear4bit, nn.Linear) or b._parameters["bias"] is not None or weight.requires_grad:
         return False
     if type(base) is FrozenLinear4bit and x.dtype == torch.float16 != base.compute_dtype:
         return False  # bitsandbytes computes in the type of x where that is one of the others
-    if type(base) is nn.Linear and base.weight.dtype != x.dtype:
+    if type(base) is nn.Linear and weight.dtype != x.dtype:
         return False
-    if not isinstance(lora.lora_dropout[ADAPTER], RowDropout | nn.Identity):
+    if not isinstance(dropout, RowDropout | nn.Identity):
         return False
-    here = all(_is_here(weight) for weight in (base.weight, a.weight, b.weight))
-    return here and a.weight.dtype == b.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+    here = _is_here(weight) and _is_here(its_a) and _is_here(its_b)
+    return here and its_a.dtype == its_b.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def _is_here(weight: torch.Tensor) -> bool:
@@ -114,117 +132,19 @@ def _is_here(weight: torch.Tensor) -> bool:
     return status is None or status.name == "AVAILABLE"
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """What is no tensor that autograd knows, of one layer: how its weight is quantized, its adapter's scale, and the
-    keys and share of its dropout."""
-
-    state: QuantState | None
-    scale: float
-    tokens: torch.Tensor | None
-    features: torch.Tensor | None
-    share: float
-
-    def dropped(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] as its adapter sees it."""
-        return x if self.tokens is None or self.features is None else drop(x, self.tokens, self.features, self.share)
-
-
 def _sums(x: torch.Tensor, loras: list[Any]) -> tuple[torch.Tensor, ...]:
     layers, tensors = [], []
     for lora in loras:
-        base, dropout = lora.base_layer, lora.lora_dropout[ADAPTER]
-        mask = dropout.mask(x) if isinstance(dropout, RowDropout) else None
+        parts = lora._modules
+        base = parts["base_layer"]._parameters
+        a, b, dropout = (parts[name]._modules[ADAPTER] for name in ("lora_A", "lora_B", "lora_dropout"))
+        mask = dropout.mask(x) if type(dropout) is RowDropout else None
         tokens, features = mask or (None, None)
         share = dropout.p if mask else 0.0
-        state = getattr(base.weight, "quant_state", None)
-        layers.append(_Layer(state, lora.scaling[ADAPTER], tokens, features, share))
-        tensors += [base.weight, base.bias, lora.lora_A[ADAPTER].weight, lora.lora_B[ADAPTER].weight]
-    learns = torch.is_grad_enabled()
-    outputs: tuple[torch.Tensor, ...] = _Sums.apply(x, layers, made_of(x), learns, *tensors)  # type: ignore[no-untyped-call]
+        state = getattr(base["weight"], "quant_state", None)
+        layers.append(Layer(state, lora.scaling[ADAPTER], tokens, features, share, lora.base_in_fp8))
+        tensors += [base["weight"], base["bias"], a._parameters["weight"], b._parameters["weight"]]
+    outputs: tuple[torch.Tensor, ...] = Sums.apply(  # type: ignore[no-untyped-call]
+        x, layers, made_of(x), torch.is_grad_enabled(), *tensors
+    )
     return outputs
-
-
-class _Sums(torch.autograd.Function):
-    """For each layer y = x W' + bias + scale drop(x) A' B', with dA = (scale dy B)' drop(x) and
-    dB = scale dy' (drop(x) A'), and together dx = sum of dy W + drop(scale dy B A)
-    (Hu et al. 2021, LoRA, equation 3, and its derivatives)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        layers: list[_Layer],
-        parts: tuple[torch.Tensor, torch.Tensor] | None,
-        learns: bool,
-        *tensors: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        outputs, narrow = [], []
-        for one, (weight, bias, a, b) in zip(layers, _fours(tensors), strict=True):
-            low = one.dropped(x).flatten(0, -2) @ a.T
-            y = (_wide if learns else _wide_alone)(x, low, one, weight, bias, b)
-            outputs.append(y)
-            narrow.append(low)
-        ctx.layers, ctx.shape, ctx.whole = layers, x.shape, parts is None
-        keys = [key for one in layers for key in (one.tokens, one.features)]
-        ctx.save_for_backward(*((x,) if parts is None else parts), *narrow, *keys, *tensors)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved, count, parts = list(ctx.saved_tensors), len(ctx.layers), 1 if ctx.whole else 2
-        tensors = saved[len(saved) - 4 * count :]
-        with gathered(*(weight for four in _fours(tensors) for weight in four[2:])):
-            return _Sums._gradients(ctx, grads, saved[:parts], saved[parts:][:count], tensors)
-
-    @staticmethod
-    def _gradients(ctx: Any, grads: Any, parts: Any, lows: Any, tensors: Any) -> tuple[torch.Tensor | None, ...]:
-        dx, found = None, []
-        x = (parts[0] if ctx.whole else gated(*parts)) if any(ctx.needs_input_grad[6::4]) else None
-        for place, (one, low, (weight, _, a, b)) in enumerate(zip(ctx.layers, lows, _fours(tensors), strict=True)):
-            _, of_bias, of_a, of_b = ctx.needs_input_grad[4 + 4 * place :][:4]
-            dy = grads[place].flatten(0, -2)
-            narrow = _scaled(dy, b, one.scale)
-            da = narrow.T @ one.dropped(x).flatten(0, -2) if of_a and x is not None else None
-            db = _scaled(dy.T, low, one.scale) if of_b else None
-            found += [None, dy.sum(0) if of_bias else None, da, db]
-            if ctx.needs_input_grad[0]:
-                if one.tokens is not None:
-                    low_rank = one.dropped((narrow @ a).view(ctx.shape)).flatten(0, -2)
-                    dx = low_rank if dx is None else dx.add_(low_rank)
-                else:
-                    dx = narrow @ a if dx is None else dx.addmm_(narrow, a)
-                with values(weight, one.state, dy.dtype) as matrix:
-                    dx.addmm_(dy, matrix)
-        return None if dx is None else dx.view(ctx.shape), None, None, None, *found
-
-
-def _fours(tensors: Any) -> Any:
-    """Weight, bias, A and B of each layer."""
-    return zip(*(iter(tensors),) * 4, strict=True)
-
-
-def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale left right, in one product."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-
-
-def _wide(
-    x: torch.Tensor, low: torch.Tensor, one: _Layer, weight: torch.Tensor, bias: torch.Tensor | None, b: torch.Tensor
-) -> torch.Tensor:
-    # what is given on may be changed in place, and no view may: its own memory is filled
-    y = x.new_empty(*x.shape[:-1], len(b))
-    rows = y.view(-1, len(b))
-    start = y.new_empty(()) if bias is None else bias.to(x.dtype)
-    torch.addmm(start, low, b.T, beta=float(bias is not None), alpha=one.scale, out=rows)
-    with values(weight, one.state, x.dtype) as matrix:
-        rows.addmm_(x.flatten(0, -2), matrix.T)
-    return y
-
-
-def _wide_alone(
-    x: torch.Tensor, low: torch.Tensor, one: _Layer, weight: torch.Tensor, bias: torch.Tensor | None, b: torch.Tensor
-) -> torch.Tensor:
-    """The same by bitsandbytes' product, which for few tokens reads the four bits as they are."""
-    wide = product(x, weight, None if bias is None else bias.to(x.dtype), one.state)
-    return torch.addmm(wide.flatten(0, -2), low, b.T, alpha=one.scale).view(wide.shape)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from job.activations import CHUNK, Job, kept_bytes, layer_bytes, working_bytes
 from job.families import adapted, fused
 from job.shape import Linear, Shape
-from job.zero import STAGE, swap_buffers
+from job.zero import STAGE, copies_gradients, swap_buffers
 
 __all__ = ["GIB", "Item", "Job", "Memory", "memory", "trained_elements"]
 
@@ -235,7 +235,8 @@ def _optimizer(trained: int, job: Job) -> list[Item]:
 
 def _buckets(job: Job) -> Item:
     """Buckets for gradients on their way: two when communication overlaps in stages 1 and 2."""
-    count = job.contiguous_gradients * (2 if job.overlap_comm and not _shards(job) else 1)
+    copied = copies_gradients(job.contiguous_gradients, job.strategy)
+    count = copied * (2 if job.overlap_comm and not _shards(job) else 1)
     return Item("gradient buckets", count * job.bucket * job.item / GIB)
 
 

@@ -208,7 +208,7 @@ def planned_for(
     here, wanted = seen_gpus(), config.parallel.processes
     if gpus is None and gpu_memory_gib is None and here is None:
         cores = len(os.sched_getaffinity(0))
-        hardware = Hardware("cpu", f"{cores} CPU cores", True, psutil.virtual_memory().total / 2**30)
+        hardware = Hardware("cpu", f"{cores} CPU cores", True, psutil.virtual_memory().total / 2**30, fp8=False)
     elif gpu_memory_gib is not None:
         hardware = Hardware("cuda", "GPU", True, gpu_memory_gib, gpus or (1 if wanted == "all" else wanted))
     elif here is not None:
@@ -235,7 +235,8 @@ def seen_gpus() -> Hardware | None:
     if done.returncode or not lines:
         return None
     name, mebibytes, capability = lines[0]
-    return Hardware("cuda", name, float(capability) >= 8, float(mebibytes) / 1024, len(lines))
+    newest = float(capability)
+    return Hardware("cuda", name, newest >= 8, float(mebibytes) / 1024, len(lines), fp8=newest >= 9)
 
 
 def as_text(values: dict[str, Any]) -> str:

@@ -108,6 +108,7 @@ def make_plan(
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
     faults += _expert_faults(config, model_type, shape)
     faults += _attention_faults(config, hardware)
+    faults += _fp8_faults(config, hardware, precision)
     # DeepSpeed swaps to files through buffers of the computing type alone
     storage: Storage = precision if config.parallel.offload_parameters == "nvme" else "uint8"
     zero = make_zero(config, "replicate", world.ranks_per_node, STORAGE_BYTES[storage])
@@ -254,6 +255,27 @@ def _attention_faults(config: RunConfig, hardware: Hardware) -> list[str]:
             f"model.attention: {attention} keeps packed rows apart only at train.micro_batch_size and "
             "evaluation.micro_batch_size 1. Set both to 1, or use sdpa"
         )
+    return faults
+
+
+def _fp8_faults(config: RunConfig, hardware: Hardware, precision: Precision) -> list[str]:
+    if config.train.base_compute != "fp8":
+        return []
+    faults = []
+    if not hardware.fp8 or hardware.device == "cpu":
+        faults.append(f"train.base_compute: {hardware.name} has no FP8 units, as GPUs from Hopper on have. Use bf16")
+    elif precision != "bf16":
+        faults.append(f"train.base_compute: fp8 goes with train.precision bf16, and here it is {precision}. Use bf16")
+    others = {
+        "train.fused: false": not config.train.fused,
+        "lora.dora: true": config.lora.dora,
+        "quantization.type: int8": config.quantization.type == "int8",
+    }
+    faults += [
+        f"{name} has products that are not in FP8. Use another value, or train.base_compute: bf16"
+        for name, wrong in others.items()
+        if wrong
+    ]
     return faults
 
 

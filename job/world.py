@@ -14,13 +14,15 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a rank computes on; `memory_gib` is the device's memory, GiB, `gpus` how many this machine shows."""
+    """What a rank computes on; `memory_gib` is the device's memory, GiB, `gpus` how many this machine shows; of a GPU
+    that nobody asked, `fp8` is taken for granted."""
 
     device: Literal["cpu", "cuda"]
     name: str
     bf16: bool
     memory_gib: float
     gpus: int = 0
+    fp8: bool = True
 
 
 def cores() -> int:

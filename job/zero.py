@@ -39,7 +39,7 @@ class Zero:
     persistence: int
     max_live: int
     overlap_comm: bool
-    contiguous_gradients: bool
+    contiguous_gradients: bool | None
 
     @property
     def shards_base(self) -> bool:
@@ -51,7 +51,7 @@ class Zero:
         zero: dict[str, Any] = {
             "stage": STAGE[self.strategy],
             "overlap_comm": self.overlap_comm,
-            "contiguous_gradients": self.contiguous_gradients,
+            "contiguous_gradients": copies_gradients(self.contiguous_gradients, self.strategy),
             "reduce_bucket_size": self.bucket,
             "allgather_bucket_size": self.bucket,
         }
@@ -78,6 +78,12 @@ class Zero:
             # torch's AdamW steps the few adapter parameters on the host; DeepSpeed's own would be compiled first
             config["zero_force_ds_cpu_optimizer"] = False
         return config
+
+
+def copies_gradients(wanted: bool | None, strategy: Strategy) -> bool:
+    """Whether gradients are copied into one buffer as they come. An adapter's are many and small: the copies take a
+    tenth of a step on few tokens, and replicate needs them for nothing."""
+    return strategy != "replicate" if wanted is None else wanted
 
 
 def layer_of(parameter: str) -> str | None:

@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
+from job import fp8  # noqa: E402
 from job.dropout import kept, threshold  # noqa: E402
-from job.kernels import dropout, four_bits, gates, losses, norms, rotary  # noqa: E402
+from job.kernels import dropout, eight_bits, four_bits, gates, losses, low_rank, norms, rotary  # noqa: E402
 
 EXACT = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Of the norm of what is expected: how far a few roundings of the type lead."""
@@ -119,3 +120,46 @@ def test_dropout_drops_what_plain_torch_does() -> None:
     found = dropout.drop_on_gpu(x, tokens, features, threshold(0.3), 1 / 0.7)
     expected: Any = torch.where(kept(tokens, features, 0.3), x * (1 / 0.7), 0)
     assert torch.equal(found, expected) and 0.15 < float((found == 0).float().mean()) < 0.45
+
+
+CUT = 0.03 if ON == "cuda" else 0.1
+"""Of the norm: what rounding to FP8's three bits costs. Triton's interpreter cuts the rest off, a GPU rounds."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 200, 5000])
+def test_rows_in_eight_bits(width: int, dtype: torch.dtype) -> None:
+    x = some(2 * 7, width, dtype=dtype)[::2] * torch.logspace(-6, 6, 7).to(ON)[:, None]
+    x[2] = 0
+    x = x.to(dtype)
+    small, scales = eight_bits.rows_in_eight_bits(x)
+    assert small.dtype == torch.float8_e4m3fn and scales.shape == (7, 1)
+    for row, expected in zip(small.float() * scales, x.float(), strict=True):
+        assert (not expected.any() and not row.any()) or distance(row, expected) < CUT
+    expected = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1e-30)
+    torch.testing.assert_close(scales, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False], ids=["scales in 8 bits", "scales as they are"])
+@pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "turned"])
+def test_four_bits_become_eight(turned: bool, nested: bool, kind: str) -> None:
+    weight = some(200, 192) * torch.logspace(-2, 2, 200).to(ON)[:, None]
+    packed, state = bnb.quantize_4bit(weight, compress_statistics=nested, quant_type=kind)
+    exact = bnb.dequantize_4bit(packed, state)
+    exact = exact.T if turned else exact
+    scales = fp8._largest(state, turned)
+    found = eight_bits.weight_in_eight_bits(packed, state, scales, turned)
+    assert eight_bits.readable(state) and found.shape == exact.shape and bool((found.float().abs() <= 448).all())
+    assert distance(found.float() * scales, exact) < CUT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_sum_and_a_product_of_low_rank(parts: int, dtype: torch.dtype) -> None:
+    given = [some(70, 300, dtype=dtype, seed=seed) for seed in range(parts)]
+    left, right = some(70, 45, dtype=dtype)[:, 3:43], some(300, 40, dtype=dtype, seed=5).T
+    expected = sum(one.double() for one in given) + 0.7 * (left.double() @ right.double())
+    found = low_rank.add_low_rank(given, left, right, 0.7)
+    assert found is given[0] and isinstance(expected, torch.Tensor)
+    assert distance(found, expected) < EXACT[dtype]

@@ -82,7 +82,7 @@ def learnt(model: Any, x: torch.Tensor, with_gradient: bool = True) -> dict[str,
 
 def used(model: Any, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the output comes from the one step."""
-    return "_Sum" in type(model(torch.ones(*TOKENS, IN, dtype=dtype)).grad_fn).__name__
+    return "Sums" in type(model(torch.ones(*TOKENS, IN, dtype=dtype)).grad_fn).__name__
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -46,8 +46,8 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
-        x = self.last(x)
-        return x
+        x = self.last(torch.tanh(x))
+        return x * 1.0
 
 
 def both(kind: Any = Attention, quantized: bool = False, dropout: float = 0.0, targets: str = "qkvo") -> Any:
@@ -96,7 +96,7 @@ def calls(model: Any, x: torch.Tensor) -> list[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if "_Sums" in type(node).__name__:
+        if "Sums" in type(node).__name__:
             found.append(len(node.layers))
         open_nodes += [following for following, _ in node.next_functions]
     return sorted(found)

@@ -38,8 +38,9 @@ class Parallel(Section):
     """Stored elements that may stay gathered under zero3 and hpz; off (null) is 400 MB of them. Free."""
     overlap_comm: Free[bool] = True
     """Communicate while computing; off (false) takes turns. Free."""
-    contiguous_gradients: Free[bool] = True
-    """Copy gradients into one buffer as they come, against fragmented memory; off is false. Free."""
+    contiguous_gradients: Free[bool | None] = None
+    """Copy gradients into one buffer as they come, against fragmented memory: takes longer than it saves where many
+    small ones come; off is false, null is off under replicate alone. Free."""
     deepspeed: Free[str | None] = None
     """Path of your own DeepSpeed JSON: what it says wins over what is generated, contradictions to the run file are
     refused; off (null) generates all of it. Free."""

@@ -1,8 +1,6 @@
 """The base of all settings: frozen, strict about names, documented by the sentence beneath each field."""
 
-from typing import Any
-
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
@@ -16,15 +14,3 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
-
-
-def works_only(*values: Any, because: str) -> AfterValidator:
-    """Mark a setting of a part that is not built yet: any value but those that work is refused with the reason."""
-
-    def check(value: Any) -> Any:
-        if value not in values:
-            names = " or ".join("null" if v is None else str(v).lower() if v is False else str(v) for v in values)
-            raise ValueError(f"{value} does not work in this version: {because}. Use {names}")
-        return value
-
-    return AfterValidator(check)

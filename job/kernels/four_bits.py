@@ -47,5 +47,6 @@ def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.T
     _kernel[(triton.cdiv(count, 2 * BLOCK),)](
         packed.view(torch.uint8), out, state.code, state.absmax, *more, count,
         INNER=state.blocksize, OUTER=nested.blocksize if nested else 1, NESTED=bool(nested), BLOCK=BLOCK, num_warps=8,
+        enable_fp_fusion=False,  # bitsandbytes adds the offset apart
     )  # fmt: skip
     return out

@@ -63,6 +63,6 @@ def rotate(
     _both[(batch * length, 2)](
         q, k, *outs, cos, sin, length, q.shape[1], k.shape[1], width // 2, *strides,
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
-        BACK=back, HEADS=16, HALF=triton.next_power_of_2(width // 2), num_warps=4,
+        BACK=back, HEADS=16, HALF=triton.next_power_of_2(width // 2), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return outs[0], outs[1]

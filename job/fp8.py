@@ -1,0 +1,77 @@
+"""Products with the frozen base in 8-bit floating point (E4M3), for GPUs whose units take it.
+
+Every row of the input, every row of the weight and, backwards, every column of it is scaled by its largest magnitude to
+the type's, so that a row's outlier costs that row alone; sums are made in fp32 (Micikevicius et al. 2022, FP8 Formats
+for Deep Learning, with a scale a row). What is trained is never rounded to 8 bits.
+"""
+
+from typing import Any
+
+import bitsandbytes.functional as F
+import torch
+
+from job.linear import dequantized
+
+if torch.cuda.is_available():
+    from job.kernels import eight_bits
+
+TYPE = torch.float8_e4m3fn
+LARGEST = torch.finfo(TYPE).max
+MULTIPLE = 16
+"""The product's sizes are multiples of it."""
+
+Scaled = tuple[torch.Tensor, torch.Tensor]
+"""FP8 numbers [N, K], and fp32 scales [N, 1] by which they are the values."""
+
+
+def fits(out_features: int, in_features: int) -> bool:
+    """Whether FP8 units multiply by a weight of these sizes, forward and backward."""
+    return out_features % MULTIPLE == 0 and in_features % MULTIPLE == 0
+
+
+def scaled(x: torch.Tensor) -> Scaled:
+    """x [N, K] in 8 bits, with a scale a row."""
+    if x.is_cuda:
+        return eight_bits.rows_in_eight_bits(x)
+    wide = x.float()
+    scales = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp_(min=1e-30)
+    return (wide / scales).to(TYPE), scales
+
+
+def forward(x: Scaled, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+    """x W' of x [N, in] and the frozen weight [out, in], which is here, into `out` [N, out]."""
+    _product(x, _weight(weight, state, out.dtype, turned=False), out)
+
+
+def backward(dy: Scaled, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+    """dy W of dy [N, out], into `out` [N, in]."""
+    _product(dy, _weight(weight, state, out.dtype, turned=True), out)
+
+
+def _product(left: Scaled, right: Scaled, out: torch.Tensor) -> None:
+    torch._scaled_mm(
+        left[0], right[0].T, scale_a=left[1], scale_b=right[1].T, out_dtype=out.dtype, use_fast_accum=True, out=out
+    )
+
+
+def _weight(weight: torch.Tensor, state: Any, dtype: torch.dtype, turned: bool) -> Scaled:
+    """The weight, or turned its transpose, with a scale for each of its rows."""
+    if state is None or not weight.is_cuda or not eight_bits.readable(state):
+        matrix = dequantized(weight, state, dtype)
+        return scaled(matrix.T if turned else matrix)
+    scales = _largest(state, turned)
+    return eight_bits.weight_in_eight_bits(weight.detach(), state, scales, turned), scales
+
+
+def _largest(state: Any, turned: bool) -> torch.Tensor:
+    """fp32 [out, 1], or turned [in, 1]: of no less than the largest value, for a block's magnitude is its largest. Made
+    once, kept beside the frozen weight's other scales."""
+    kept: dict[bool, torch.Tensor] = state.__dict__.setdefault("largest", {})
+    if turned not in kept:
+        absmax = state.absmax
+        if state.nested:
+            absmax = F.dequantize_blockwise(absmax, state.state2) + state.offset
+        blocks = absmax.float().view(state.shape[0], -1) * state.code.abs().max() / LARGEST
+        largest = blocks.amax(0).repeat_interleave(state.blocksize) if turned else blocks.amax(1)
+        kept[turned] = largest.clamp_(min=1e-30).unsqueeze(1)
+    return kept[turned]
