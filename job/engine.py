@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from job.all_at_once import step_all_at_once
 from job.config.learning import Train
 from job.data.batches import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
-from job.gradient_norms import take_norms_at_once
 from job.loss_head import LossHead
 from job.plan import Plan
 from job.saved import SCALER
@@ -52,7 +52,7 @@ class Engine:
         self.inner, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
         )
-        take_norms_at_once(self.inner.optimizer)
+        step_all_at_once(self.inner.optimizer)
         self.model, self.places, self.world, self.device = model, places, world, self.inner.device
         names = {id(value): name for name, value in model.named_parameters()}
         self.trained = Trained(self.inner, names, plan.zero.shards_base, world.rank)

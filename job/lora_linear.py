@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from peft.tuners.lora import bnb, layer
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from job import fp8
 from job.dropout import RowDropout
-from job.forward_code import called_alike
+from job.forward_code import called_alike, code
 from job.linear import FrozenLinear4bit
 from job.lora_sums import Layer, Sums
-from job.norm_and_gate import keep_less, made_of
+from job.norm_and_gate import Gated, keep_less, made_of
 from job.rotary import rotate_in_one_step
 
 ADAPTER = "default"
@@ -58,6 +59,7 @@ class _OneStep:
 
     together: _Together | None = None
     base_in_fp8 = False
+    ends_layer = False
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in] to [..., out]."""
@@ -95,13 +97,18 @@ def in_one_step(model: nn.Module, base_in_fp8: bool = False) -> None:
     for lora in found:
         lora.__class__ = kinds[type(lora)]
         lora.base_in_fp8 = base_in_fp8 and fp8.fits(lora.out_features, lora.in_features)
-    groups = {kind: called_alike(kind) for kind in {type(module) for module in model.modules()}}
+    classes = {type(module) for module in model.modules()}
+    groups = {kind: called_alike(kind) for kind in classes}
+    like_llamas = {kind: code(kind) == code(LlamaDecoderLayer) for kind in classes}
     for module in model.modules():
         for names in groups[type(module)]:
             layers = [one for one in (getattr(module, name, None) for name in names) if isinstance(one, _OneStep)]
             group = _Together(layers)
             for one in layers if len(layers) > 1 else ():
                 one.together = group
+        last = getattr(getattr(module, "mlp", None), "down_proj", None)
+        if isinstance(last, _OneStep) and isinstance(module.mlp, Gated) and like_llamas[type(module)]:
+            last.ends_layer = True
 
 
 def _is_plain(lora: Any, x: torch.Tensor) -> bool:
@@ -142,7 +149,7 @@ def _sums(x: torch.Tensor, loras: list[Any]) -> tuple[torch.Tensor, ...]:
         tokens, features = mask or (None, None)
         share = dropout.p if mask else 0.0
         state = getattr(base["weight"], "quant_state", None)
-        layers.append(Layer(state, lora.scaling[ADAPTER], tokens, features, share, lora.base_in_fp8))
+        layers.append(Layer(state, lora.scaling[ADAPTER], tokens, features, share, lora.base_in_fp8, lora.ends_layer))
         tensors += [base["weight"], base["bias"], a._parameters["weight"], b._parameters["weight"]]
     outputs: tuple[torch.Tensor, ...] = Sums.apply(  # type: ignore[no-untyped-call]
         x, layers, made_of(x), torch.is_grad_enabled(), *tensors

@@ -11,6 +11,7 @@ from job import fp8
 from job.dropout import drop
 from job.linear import dequantized, gathered, product
 from job.norm_and_gate import gated
+from job.recompute import recomputing
 
 if torch.cuda.is_available():
     from job.kernels.low_rank import MOST, add_low_rank
@@ -21,7 +22,8 @@ PER_LAYER = 4
 
 class Layer(NamedTuple):
     """What is no tensor that autograd knows, of one layer: how its weight is quantized, its adapter's scale, the keys
-    and share of its dropout, and whether it multiplies by its weight in 8 bits."""
+    and share of its dropout, whether it multiplies by its weight in 8 bits, and whether its output is all that its
+    decoder layer still adds, which nobody reads when that is computed again."""
 
     state: QuantState | None
     scale: float
@@ -29,6 +31,7 @@ class Layer(NamedTuple):
     features: torch.Tensor | None
     share: float
     fp8: bool
+    ends_layer: bool
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] as its adapter sees it."""
@@ -55,16 +58,19 @@ class Sums(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         outputs, rows = [], x.flatten(0, -2)
         lows = _lows(x, layers, tensors)
-        small = fp8.scaled(rows) if learns and any(one.fp8 for one in layers) else None
+        unread = recomputing() and all(one.ends_layer for one in layers)
+        small = fp8.scaled(rows) if learns and not unread and any(one.fp8 for one in layers) else None
         for one, low, (weight, bias, _, b) in zip(layers, lows, _by_layer(tensors), strict=True):
             bias = None if bias is None else bias.to(x.dtype)
             if not learns:
                 outputs.append(_alone(x, low, one, weight, bias, b))
                 continue
             # what is given on may be changed in place, and no view may: its own memory is filled
-            y = x.new_empty(*x.shape[:-1], len(b))
-            _fill(y.view(-1, len(b)), rows, small if one.fp8 else None, low, one, weight, bias, b)
+            y = (x.new_zeros if unread else x.new_empty)(*x.shape[:-1], len(b))
             outputs.append(y)
+            if unread:
+                continue
+            _fill(y.view(-1, len(b)), rows, small if one.fp8 else None, low, one, weight, bias, b)
         ctx.layers, ctx.shape, ctx.whole = layers, x.shape, parts is None
         keys = [key for one in layers for key in (one.tokens, one.features)]
         ctx.save_for_backward(*((x,) if parts is None else parts), *lows, *keys, *tensors)

@@ -258,12 +258,6 @@ def _kaiming(shape: torch.Size, key: str) -> torch.Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
 
 
-def recompute_activations(model: Any) -> None:
-    """Keep only each layer's input for the backward pass. Our dropout needs no random state to be restored."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": False})  # the first is the name since transformers 5.20
-
-
 def quiet_libraries() -> None:
     """Leave warnings to those who call transformers and bitsandbytes themselves."""
     transformers.logging.set_verbosity_error()

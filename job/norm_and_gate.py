@@ -64,7 +64,7 @@ class _Norm:
         return result
 
 
-class _Gated:
+class Gated:
     """In front of a module like LlamaMLP."""
 
     @staticmethod
@@ -139,7 +139,7 @@ def _in_place_of(kind: Any) -> Any:
 
     transformers copies Llama's into each family, but for documentation and annotations.
     """
-    for ours, references in ((_Norm, (LlamaRMSNorm,)), (_Gated, (LlamaMLP, Expert))):
+    for ours, references in ((_Norm, (LlamaRMSNorm,)), (Gated, (LlamaMLP, Expert))):
         if code(kind) in map(code, references):
             return type(kind.__name__, (ours, kind), {"__module__": kind.__module__})
     return None

@@ -24,13 +24,13 @@ from job.model import (
     add_adapter,
     build,
     lora_targets,
-    recompute_activations,
     refuse_leaking_packs,
 )
 from job.plan import STORAGE_BYTES, Plan, make_plan
 from job.pretrained import base_name, fetch, fetch_weights, plain_peft_note, read_config, read_tensors
 from job.progress import Progress
 from job.published import shape_of
+from job.recompute import recompute_activations
 from job.record import Record, metric_sinks, recorded
 from job.resume import go_on
 from job.run_folder import RunFolder

@@ -19,9 +19,10 @@ from job.fit import choose, fits
 from job.lora_linear import in_one_step
 from job.matching import shares
 from job.memory import GIB, Item, Job, Memory, memory
-from job.model import add_adapter, build, place, recompute_activations
+from job.model import add_adapter, build, place
 from job.norm_and_gate import _in_place_of
 from job.pretrained import read_config, read_tensors
+from job.recompute import recompute_activations
 from job.shape import read_shape
 from job.store import Store
 from job.weights import stream

@@ -1,16 +1,17 @@
-"""The norms of all gradients in one operation, for DeepSpeed's optimizers, which take a dozen for each of them.
+"""DeepSpeed's ZeRO optimizers for many small parameters: what they do for each of them, done for all at once.
 
-A LoRA of a 7B model has 448 gradients: one by one, looking for what is not finite and taking norms launches 5,000
-kernels a step, which takes longer than a step on few tokens.
+A LoRA of a 7B model has 448. Looking at each gradient for what is not finite and taking its norm launches 5,000 kernels
+a step, which takes longer than the rest of a step on few tokens.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
 
 
-def take_norms_at_once(optimizer: Any) -> None:
+def step_all_at_once(optimizer: Any) -> None:
     """Have one of DeepSpeed's ZeRO optimizers do so from now on."""
     kind = type(optimizer)
     optimizer.__class__ = type(kind.__name__, (_AtOnce, kind), {"__module__": kind.__module__})
@@ -34,6 +35,20 @@ class _AtOnce:
             gradients, params = [_norms(counted)], params[:1]
         norm: torch.Tensor = super().get_grad_norm_direct(gradients, params, norm_type)  # type: ignore[misc]
         return norm
+
+    def buffered_reduce_fallback(self: Any, rank: Any, grads: Any, *args: Any, **kwargs: Any) -> None:
+        """The mean over ranks in each gradient's place; of a rank alone it is there."""
+        if rank is not None or dist.get_world_size(group=self.dp_process_group) > 1:
+            super().buffered_reduce_fallback(rank, grads, *args, **kwargs)  # type: ignore[misc]
+
+    def _update_model_bit16_weights(self: Any, group_index: int) -> None:
+        """Have parameters be parts of the flat copy that was stepped, as they are from the first step on."""
+        known = self.__dict__.setdefault("_parts_of_flat", {})
+        places = [self.bit16_groups_flat[group_index].data_ptr()]
+        places += [parameter.data_ptr() for parameter in self.bit16_groups[group_index]]
+        if known.get(group_index) != places:
+            super()._update_model_bit16_weights(group_index)  # type: ignore[misc]
+            known[group_index] = [places[0], *(one.data_ptr() for one in self.bit16_groups[group_index])]
 
 
 def _norms(grads: Sequence[torch.Tensor]) -> torch.Tensor:

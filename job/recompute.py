@@ -1,0 +1,35 @@
+"""Activations computed again in the backward pass, a layer at a time; and whether that is what happens now."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+_again = False
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only each layer's input for the backward pass. Our dropout needs no random state to be restored."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # the first is the name since transformers 5.20
+    enable({"use_reentrant": False, "preserve_rng_state": False, "context_fn": _around})
+
+
+def recomputing() -> bool:
+    """Whether a layer is computed again: of what it makes only what autograd keeps is read."""
+    return _again
+
+
+def _around() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first and of the second forward pass of a layer."""
+    return nullcontext(), _marked()
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    # seen by all threads: autograd computes again on its own
+    global _again
+    before, _again = _again, True
+    try:
+        yield
+    finally:
+        _again = before

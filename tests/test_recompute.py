@@ -1,0 +1,83 @@
+"""Layers computed again: gradients bit for bit, and no product that nobody reads."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from job import lora_sums
+from job.lora_linear import in_one_step
+from job.recompute import recompute_activations, recomputing
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[Any, int]] = {
+    "Llama": (transformers.LlamaConfig(**SMALL), 1),
+    "Qwen3": (transformers.Qwen3Config(**SMALL, head_dim=8), 1),
+    "Gemma2, a norm behind the MLP": (transformers.Gemma2Config(**SMALL, head_dim=8), 0),
+    "Granite, which scales what it adds": (transformers.GraniteConfig(**SMALL), 0),
+}
+"""A configuration of each kind, and how many products of a layer are not made again."""
+
+
+def adapted(config: Any) -> Any:
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(value, std=0.3)
+    in_one_step(model)
+    return model.train()
+
+
+def learnt(model: Any) -> dict[str, torch.Tensor]:
+    """The loss and gradients by name."""
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert len(found) == 2 * 7 * 2 and all(value is not None and value.any() for value in found.values())
+    return {"loss": loss.detach(), **found}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_same_and_what_nobody_reads_is_not_made(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, spared = FAMILIES[family]
+    kept = adapted(config)
+    again = copy.deepcopy(kept)
+    recompute_activations(again)
+    made = {False: 0, True: 0}
+    plain = lora_sums._fill
+
+    def count(*given: Any) -> None:
+        made[recomputing()] += 1
+        plain(*given)
+
+    monkeypatch.setattr(lora_sums, "_fill", count)
+    expected = learnt(kept)
+    assert made == {False: 14, True: 0}
+    found = learnt(again)
+    assert made == {False: 28, True: 14 - 2 * spared} and not recomputing()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_evaluation_between_is_no_recomputation() -> None:
+    model = adapted(FAMILIES["Llama"][0])
+    expected = model(input_ids=torch.arange(8)[None]).logits
+    recompute_activations(model)
+    learnt(model)
+    with torch.no_grad():
+        found = model.eval()(input_ids=torch.arange(8)[None]).logits
+    torch.testing.assert_close(found, expected)
