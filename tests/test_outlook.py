@@ -61,7 +61,7 @@ def test_other_machines_can_be_planned_for(run_file: RunFile) -> None:
     done = qlora("plan", run_file(), "--nodes", "2", "--gpus", "1", "--gpu-memory", "80")
     assert done.returncode == 0, done.stderr
     assert "where     2 nodes x 1 x GPU, 80.0 GiB each" in done.stdout
-    assert "strategy  replicate: 1.0 GiB of 80.0 GiB a GPU" in done.stdout
+    assert "strategy  replicate: 0.7 GiB of 80.0 GiB a GPU" in done.stdout
     assert "4 sequences of at most 128 tokens a step: 2 a forward x 2 ranks x 1 accumulated" in done.stdout
 
 
@@ -90,7 +90,7 @@ def test_gpus_are_asked_of_the_driver(tmp_path: Path, run_file: RunFile, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     world, hardware = planned_for(load_config(str(run_file())), 3, None, None)
     assert (world.world_size, world.ranks_per_node) == (6, 2)
-    assert hardware == Hardware("cuda", "Tesla T4", False, 15.0, 2)
+    assert hardware == Hardware("cuda", "Tesla T4", False, 15.0, 2, fp8=False)
 
 
 @pytest.mark.parametrize(
