@@ -72,6 +72,8 @@ class Job:
     """Share of positions that have logits."""
     fused: bool = True
     """Whether adapters are computed in one step with their linears, and the loss in chunks."""
+    values_kept: bool = False
+    """Whether the values of 4-bit weights with an adapter stay beside them."""
     recompute: Literal["none", "full"] = "full"
     """full keeps each layer's input alone."""
     optimizer: str = "adamw"

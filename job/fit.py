@@ -35,6 +35,12 @@ def keeps_activations(shape: Shape, job: Job, device_gib: float) -> bool:
     return need.total_gib <= device_gib * (1 - SPARE_FOR_SPEED)
 
 
+def keeps_values(shape: Shape, job: Job, device_gib: float) -> bool:
+    """Whether a device of so many GiB holds the values of the 4-bit base too and `SPARE_FOR_SPEED` stays free."""
+    need = memory(shape, replace(job, values_kept=True))
+    return need.total_gib <= device_gib * (1 - SPARE_FOR_SPEED)
+
+
 def choose(shape: Shape, job: Job, device_gib: float) -> Choice:
     """The simplest strategy that fits: replicate, else zero3, which int8 and DoRA do not go with; a base that is to be
     offloaded leaves zero3 alone.

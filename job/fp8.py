@@ -10,7 +10,7 @@ from typing import Any
 import bitsandbytes.functional as F
 import torch
 
-from job.linear import dequantized
+from job.linear import VALUES, dequantized_anew
 
 if torch.cuda.is_available():
     from job.kernels import eight_bits
@@ -55,9 +55,18 @@ def _product(left: Scaled, right: Scaled, out: torch.Tensor) -> None:
 
 
 def _weight(weight: torch.Tensor, state: Any, dtype: torch.dtype, turned: bool) -> Scaled:
-    """The weight, or turned its transpose, with a scale for each of its rows."""
+    """The weight, or turned its transpose, with a scale for each of its rows; kept where its values are to be."""
+    kept: dict[Any, Scaled] | None = getattr(state, VALUES, None)
+    if kept is None:
+        return _made(weight, state, dtype, turned)
+    if (TYPE, turned) not in kept:
+        kept[TYPE, turned] = _made(weight, state, dtype, turned)
+    return kept[TYPE, turned]
+
+
+def _made(weight: torch.Tensor, state: Any, dtype: torch.dtype, turned: bool) -> Scaled:
     if state is None or not weight.is_cuda or not eight_bits.readable(state):
-        matrix = dequantized(weight, state, dtype)
+        matrix = weight.detach() if state is None else dequantized_anew(weight.detach(), state, dtype)
         return scaled(matrix.T if turned else matrix)
     scales = _largest(state, turned)
     return eight_bits.weight_in_eight_bits(weight.detach(), state, scales, turned), scales

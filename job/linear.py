@@ -11,6 +11,8 @@ import torch
 if torch.cuda.is_available():
     from job.kernels import four_bits
 
+VALUES = "kept_values"
+"""Attribute of a quant_state: what is kept of the weight's values, by type; without it, nothing is."""
 _RELEASED = "NOT_AVAILABLE"
 """DeepSpeed's name of the state."""
 
@@ -80,10 +82,25 @@ def values(weight: torch.Tensor, state: F.QuantState | None, dtype: torch.dtype)
 
 
 def dequantized(weight: torch.Tensor, state: F.QuantState | None, dtype: torch.dtype) -> torch.Tensor:
-    """The values [out, in] of a frozen weight that is here."""
+    """The values [out, in] of a frozen weight that is here; those that are kept (see `keep_values`) are only read."""
     stored = weight.detach()
     if state is None:
         return stored.to(dtype)
+    kept: dict[torch.dtype, torch.Tensor] | None = getattr(state, VALUES, None)
+    if kept is None:
+        return dequantized_anew(stored, state, dtype)
+    if dtype not in kept:
+        kept[dtype] = dequantized_anew(stored, state, dtype)
+    return kept[dtype]
+
+
+def keep_values(state: F.QuantState) -> None:
+    """Have the values of the weight that this belongs to made once, at first use, and stay."""
+    setattr(state, VALUES, {})
+
+
+def dequantized_anew(stored: torch.Tensor, state: F.QuantState, dtype: torch.dtype) -> torch.Tensor:
+    """The values [out, in] of a quantized weight that is here, made now."""
     if stored.is_cuda and four_bits.readable(state):
         return four_bits.dequantized(stored, state, dtype)
     whole: torch.Tensor = F.dequantize_4bit(stored.view(-1, 1), state)

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from job import fp8
 from job.dropout import RowDropout
 from job.forward_code import called_alike, code
-from job.linear import FrozenLinear4bit
+from job.linear import FrozenLinear4bit, keep_values
 from job.lora_sums import Layer, Sums
 from job.norm_and_gate import Gated, keep_less, made_of
 from job.rotary import rotate_in_one_step
@@ -84,11 +84,12 @@ class LoraLinear(_OneStep, layer.Linear):  # type: ignore[misc]
     """peft's layer around a linear that is not quantized, in one step."""
 
 
-def in_one_step(model: nn.Module, base_in_fp8: bool = False) -> None:
+def in_one_step(model: nn.Module, base_in_fp8: bool = False, values_kept: bool = False) -> None:
     """Have every layer with LoRA compute it in one step where it can, and norms, gated MLPs and rotations too.
 
     Args:
         base_in_fp8: have these layers multiply by their frozen weights in 8 bits while they learn.
+        values_kept: have the values of their 4-bit weights made once.
     """
     keep_less(model)
     rotate_in_one_step(model)
@@ -97,6 +98,8 @@ def in_one_step(model: nn.Module, base_in_fp8: bool = False) -> None:
     for lora in found:
         lora.__class__ = kinds[type(lora)]
         lora.base_in_fp8 = base_in_fp8 and fp8.fits(lora.out_features, lora.in_features)
+        if values_kept and type(lora.base_layer) is FrozenLinear4bit:
+            keep_values(lora.base_layer.weight.quant_state)
     classes = {type(module) for module in model.modules()}
     groups = {kind: called_alike(kind) for kind in classes}
     like_llamas = {kind: code(kind) == code(LlamaDecoderLayer) for kind in classes}

@@ -148,7 +148,10 @@ def _base(shape: Shape, job: Job) -> list[Item]:
     scales = Item("scales of the base", _scale_bytes(shape, job) / GIB)
     stored, kept = width * shape.quantized, job.item * shape.kept
     if not _shards(job):
-        return [Item(f"base in {kind}", stored / GIB), scales, Item(f"base kept in {job.precision}", kept / GIB)]
+        values = sum(linear.numel * linear.count for linear in shape.linears if job.adapts(linear))
+        beside = [Item("values of the 4-bit base", job.item * values / GIB)] if job.values_kept else []
+        held = [Item(f"base in {kind}", stored / GIB), scales, Item(f"base kept in {job.precision}", kept / GIB)]
+        return held + beside
     here = 0.0 if job.offload_parameters != "none" else 1 / job.ranks
     items = [Item(f"base in {kind}, sharded", here * stored / GIB), scales]
     items.append(Item(f"base kept in {job.precision}, sharded", here * kept / GIB))

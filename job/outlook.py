@@ -90,6 +90,7 @@ class Outlook:
             "reason": plan.reason,
             "precision": plan.precision,
             "recompute": plan.recompute,
+            "dequantize": plan.dequantize,
             "global_batch_size": plan.global_batch_size,
             "micro_batch_size": plan.micro_batch_size,
             "accumulation": plan.accumulation,

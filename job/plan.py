@@ -7,13 +7,14 @@ from typing import Any, Literal, Self
 from job.activations import Job
 from job.config import RunConfig
 from job.errors import ConfigError
-from job.families import adapted, family_of, unread_experts
-from job.fit import choose, fits, keeps_activations
+from job.families import adapted
+from job.faults import attention_faults, batch_faults, expert_faults, fp8_faults, one_round, value_faults
+from job.fit import choose, fits, keeps_activations, keeps_values
 from job.memory import Memory, memory
 from job.own_deepspeed import adopt, contradictions, merged, read_own
 from job.shape import Shape
 from job.world import Hardware, World
-from job.zero import Strategy, Zero, make_zero, zero_faults
+from job.zero import STAGE, Strategy, Zero, make_zero, zero_faults
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Storage = Literal["uint8", "bf16", "fp16", "fp32"]
@@ -44,6 +45,7 @@ class Plan:
     warmup: float
     max_grad_norm: float
     recompute: Literal["none", "full"]
+    dequantize: Literal["always", "once"]
     memory: Memory | None = None
     reason: str = ""
     steps: int = 0
@@ -103,18 +105,18 @@ def make_plan(
     train = config.train
     precision, said = _precision(config, hardware, model_type, faults)
     notes += said
-    faults += _batch_faults(config, world)
+    faults += batch_faults(config, world)
     if train.optimizer == "paged_adamw_8bit" and hardware.device == "cpu":
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
-    faults += _expert_faults(config, model_type, shape)
-    faults += _attention_faults(config, hardware)
-    faults += _fp8_faults(config, hardware, precision)
+    faults += expert_faults(config, model_type, shape)
+    faults += attention_faults(config, hardware)
+    faults += fp8_faults(config, hardware, precision)
     # DeepSpeed swaps to files through buffers of the computing type alone
     storage: Storage = precision if config.parallel.offload_parameters == "nvme" else "uint8"
     zero = make_zero(config, "replicate", world.ranks_per_node, STORAGE_BYTES[storage])
     need = _Need(config, world, hardware, precision, zero, STORAGE_BYTES[storage], shape)
     strategy, reason = need.strategy(faults)
-    faults += zero_faults(config, strategy, world)
+    faults += zero_faults(config, strategy, world) + value_faults(config, STAGE[strategy] == 3)
     wanted = config.quantization.compute_dtype
     plan = Plan(
         zero=replace(zero, strategy=strategy),
@@ -125,12 +127,13 @@ def make_plan(
         device=hardware.device,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        accumulation=max(train.global_batch_size // _one_round(config, world), 1),
+        accumulation=max(train.global_batch_size // one_round(config, world), 1),
         peak_rate=train.learning_rate,
         schedule=train.schedule,
         warmup=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
-        recompute=need.recompute(strategy),
+        recompute=need.settled(strategy).recompute,
+        dequantize="once" if need.settled(strategy).values_kept else "always",
         memory=need.memory(strategy),
         reason=reason,
         notes=tuple(notes),
@@ -172,6 +175,7 @@ class _Need:
             masked=config.data.packing or config.train.micro_batch_size > 1,
             eager=config.model.attention == "eager",
             fused=config.train.fused,
+            values_kept=config.train.dequantize == "once",
             recompute="none" if config.train.recompute == "none" else "full",
             optimizer=config.train.optimizer,
             offload_optimizer=zero.offload_optimizer,
@@ -186,18 +190,23 @@ class _Need:
             device=self.hardware.device,
         )
 
-    def recompute(self, strategy: Strategy) -> Literal["none", "full"]:
-        """What train.recompute comes to under a strategy."""
-        job = replace(self.job, strategy=strategy)
-        if self.config.train.recompute != "auto" or self.shape is None or self.hardware.device == "cpu":
-            return job.recompute
-        return "none" if keeps_activations(self.shape, job, self.hardware.memory_gib) else "full"
+    def settled(self, strategy: Strategy) -> Job:
+        """The job under a strategy, with what auto comes to: first activations are kept where they fit, then values."""
+        job, gib = replace(self.job, strategy=strategy), self.hardware.memory_gib
+        if self.shape is None or self.hardware.device == "cpu":
+            return job
+        if self.config.train.recompute == "auto" and keeps_activations(self.shape, job, gib):
+            job = replace(job, recompute="none")
+        may = self.config.train.dequantize == "auto" and job.in_one_step and job.quantization in ("nf4", "fp4")
+        if may and STAGE[strategy] != 3 and keeps_values(self.shape, job, gib):
+            job = replace(job, values_kept=True)
+        return job
 
     def memory(self, strategy: Strategy) -> Memory | None:
         """The memory of a rank under a strategy."""
         if self.shape is None:
             return None
-        return memory(self.shape, replace(self.job, strategy=strategy, recompute=self.recompute(strategy)))
+        return memory(self.shape, self.settled(strategy))
 
     def strategy(self, faults: list[str]) -> tuple[Strategy, str]:
         """The strategy asked for, or for auto the simplest that fits, and why."""
@@ -207,76 +216,14 @@ class _Need:
             return (simplest, "") if wanted == "auto" else (wanted, "as set")
         if wanted == "auto":
             choice = choose(self.shape, self.job, available)
-            if choice.strategy and self.recompute(choice.strategy) != self.job.recompute:
-                choice = choose(self.shape, replace(self.job, recompute="none"), available)
+            if choice.strategy:
+                choice = choose(self.shape, self.settled(choice.strategy), available)
             if choice.strategy is None and choice.memory.total_gib > available:
                 faults.append(f"parallel.strategy: {choice.reason}")
             return choice.strategy or ("zero3" if self.world.world_size > 1 else simplest), choice.reason
-        need = memory(self.shape, replace(self.job, strategy=wanted, recompute=self.recompute(wanted)))
+        need = memory(self.shape, self.settled(wanted))
         tight = "" if fits(need, available) else ", which will hardly do"
         return wanted, f"as set: {need.total_gib:.1f} GiB of {available:.1f} GiB a GPU{tight}"
-
-
-def _one_round(config: RunConfig, world: World) -> int:
-    """Rows that all ranks take at once."""
-    return config.train.micro_batch_size * world.world_size
-
-
-def _batch_faults(config: RunConfig, world: World) -> list[str]:
-    train, one_round = config.train, _one_round(config, world)
-    if not train.global_batch_size % one_round:
-        return []
-    below = max(train.global_batch_size - train.global_batch_size % one_round, one_round)
-    return [
-        f"train.global_batch_size: {train.global_batch_size} is not a multiple of {one_round} "
-        f"({train.micro_batch_size} per rank x {world.world_size} ranks). Try {below} or {below + one_round}"
-    ]
-
-
-def _expert_faults(config: RunConfig, model_type: str, shape: Shape | None) -> list[str]:
-    family = family_of({"model_type": model_type})
-    reached = family is not None and family.experts
-    if shape is None or shape.experts_per_token <= 1 or config.quantization.type == "none" or reached:
-        return []
-    if any("*" in linear.path for linear in shape.linears):  # apart in the files
-        return [f"model.name: {unread_experts(model_type)}"]
-    return [
-        f"quantization.type: {config.quantization.type} does not reach the experts of {model_type}, which are "
-        "fused and would stay in 16 bits. Use a dense model, or none"
-    ]
-
-
-def _attention_faults(config: RunConfig, hardware: Hardware) -> list[str]:
-    attention, faults = config.model.attention, []
-    if attention.startswith("flash") and hardware.device == "cpu":
-        faults.append(f"model.attention: {attention} needs a GPU. Use sdpa")
-    if attention.startswith("flash") and max(config.train.micro_batch_size, config.evaluation.micro_batch_size) > 1:
-        faults.append(
-            f"model.attention: {attention} keeps packed rows apart only at train.micro_batch_size and "
-            "evaluation.micro_batch_size 1. Set both to 1, or use sdpa"
-        )
-    return faults
-
-
-def _fp8_faults(config: RunConfig, hardware: Hardware, precision: Precision) -> list[str]:
-    if config.train.base_compute != "fp8":
-        return []
-    faults = []
-    if not hardware.fp8 or hardware.device == "cpu":
-        faults.append(f"train.base_compute: {hardware.name} has no FP8 units, as GPUs from Hopper on have. Use bf16")
-    elif precision != "bf16":
-        faults.append(f"train.base_compute: fp8 goes with train.precision bf16, and here it is {precision}. Use bf16")
-    others = {
-        "train.fused: false": not config.train.fused,
-        "lora.dora: true": config.lora.dora,
-        "quantization.type: int8": config.quantization.type == "int8",
-    }
-    faults += [
-        f"{name} has products that are not in FP8. Use another value, or train.base_compute: bf16"
-        for name, wrong in others.items()
-        if wrong
-    ]
-    return faults
 
 
 def _precision(

@@ -123,7 +123,7 @@ def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places]:
     """The filled base with an adapter on it, as training calls it; and the places that dropout reads."""
     model, places = add_adapter(base, config.lora, config.train.seed, base_name(config.model), DTYPE[plan.precision])
     if config.train.fused:
-        in_one_step(model, base_in_fp8=config.train.base_compute == "fp8")
+        in_one_step(model, config.train.base_compute == "fp8", values_kept=plan.dequantize == "once")
     if plan.recompute == "full":
         recompute_activations(model)
     return model, places

@@ -87,6 +87,7 @@ REFUSED = {
         wrong("sgd", "input should be 'adamw', 'adamw_8bit', 'paged_adamw_8bit' or 'paged_adamw_32bit'"),
     ),
     "train.recompute": ("off", wrong(False, "input should be 'auto', 'none' or 'full'")),
+    "train.dequantize": ("never", wrong("never", "input should be 'auto', 'always' or 'once'")),
     "train.fused": ("liger", wrong("liger", "input should be a valid boolean")),
     "train.seed": ("-1", wrong(-1, NOT_NEGATIVE)),
     "train.base_compute": ("fp16", wrong("fp16", "input should be 'bf16' or 'fp8'")),
@@ -242,7 +243,7 @@ def test_the_hash_follows_fixed_settings_only(key: str) -> None:
         (
             "free",
             "parallel.strategy tracking.sinks train.micro_batch_size train.recompute train.fused data.workers "
-            "data.cache storage.region",
+            "train.dequantize data.cache storage.region",
         ),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from job import linear
 from job.dropout import Places, RowDropout
 from job.forward_code import called_alike
 from job.linear import FrozenLinear4bit
@@ -161,3 +162,46 @@ def test_names_that_are_set_in_between_are_not_the_same_input() -> None:
     x = torch.randn(*TOKENS, WIDTH)
     assert calls(ours, x) == [1, 1]
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_values_of_4_bits_are_made_once_and_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, _ = both(quantized=True)
+    always, once = copy.deepcopy(theirs), copy.deepcopy(theirs)
+    in_one_step(always)
+    in_one_step(once, values_kept=True)
+    made = []
+    plain = linear.dequantized_anew
+    monkeypatch.setattr(linear, "dequantized_anew", lambda *given: made.append(given[2]) or plain(*given))
+    x = torch.randn(*TOKENS, WIDTH)
+    expected = learnt(always, x)
+    assert len(made) == 8, "four products forward and four back"
+    for _ in range(2):
+        once.zero_grad()
+        found = learnt(once, x)
+        assert len(made) == 8 + 4
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_values_in_8_bits_are_kept_in_8() -> None:
+    _, plain = both(quantized=True)
+    in_one_step(plain, base_in_fp8=True)
+    small, kept = copy.deepcopy(plain.bfloat16()), plain.bfloat16()
+    for model in (small, kept):
+        for module in model.modules():
+            if isinstance(module, FrozenLinear4bit):
+                module.compute_dtype = torch.bfloat16
+                module.weight.quant_state.dtype = torch.bfloat16
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.base_in_fp8 = True
+    for module in kept.modules():
+        if isinstance(module, FrozenLinear4bit):
+            linear.keep_values(module.weight.quant_state)
+    x = torch.randn(2, 8, WIDTH).bfloat16()
+    expected, first, second = learnt(small, x), learnt(kept, x), None
+    kept.zero_grad()
+    second = learnt(kept, x)
+    for name, value in expected.items():
+        assert torch.equal(first[name], value) and torch.equal(second[name], value), name
+    states = [one.weight.quant_state for one in kept.modules() if isinstance(one, FrozenLinear4bit)]
+    held = [value for state in states for value in state.kept_values.values()]
+    assert len(held) == 8 and all(numbers.dtype == torch.float8_e4m3fn for numbers, _ in held)

@@ -222,15 +222,47 @@ def with_memory(gib: float, *overrides: str) -> Plan:
 
 
 def test_activations_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> None:
-    kept, again = (with_memory(140, f"train.recompute={how}").memory for how in ("none", "full"))
+    always = "train.dequantize=always"
+    kept, again = (with_memory(140, f"train.recompute={how}", always).memory for how in ("none", "full"))
     assert kept and again and kept.total_gib > again.total_gib + 5
     room = kept.total_gib / (1 - SPARE_FOR_SPEED)
-    roomy, tight = with_memory(room + 0.01), with_memory(room - 0.01)
+    roomy, tight = with_memory(room + 0.01, always), with_memory(room - 0.01, always)
     assert (roomy.recompute, tight.recompute) == ("none", "full")
     assert roomy.memory == kept and tight.memory == again
     assert roomy.reason == f"{kept.total_gib:.1f} GiB of {room + 0.01:.1f} GiB a GPU"
     assert tight.reason == f"{again.total_gib:.1f} GiB of {room - 0.01:.1f} GiB a GPU"
     assert with_memory(room + 0.01, "parallel.strategy=replicate").recompute == "none"
+
+
+def test_values_of_the_base_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> None:
+    kept, made = (with_memory(140, f"train.dequantize={how}") for how in ("once", "always"))
+    assert kept.memory and made.memory
+    # 32 layers of 4 x 4096 x 4096 and 3 x 4096 x 11008 values of 2 bytes
+    assert kept.memory.total_gib - made.memory.total_gib == pytest.approx(32 * 202375168 * 2 / 2**30, rel=1e-6)
+    room = kept.memory.total_gib / (1 - SPARE_FOR_SPEED)
+    roomy, tight = with_memory(room + 0.01), with_memory(room - 0.01)
+    assert (roomy.dequantize, tight.dequantize) == ("once", "always")
+    assert (roomy.recompute, tight.recompute) == ("none", "none")
+    assert roomy.memory == kept.memory and tight.memory == made.memory
+    for changed in ("train.fused=false", "quantization.type=none", "parallel.strategy=zero3"):
+        assert with_memory(140, changed).dequantize == "always"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["train.fused=false"], "once is for 4-bit weights and train.fused: true. Use auto, or set these"),
+        (["quantization.type=none"], "once is for 4-bit weights and train.fused: true. Use auto, or set these"),
+        (
+            ["parallel.strategy=zero3"],
+            "once keeps the values of a whole base, and here it is sharded. Use auto, or always",
+        ),
+    ],
+)
+def test_values_that_cannot_be_kept_are_refused(overrides: list[str], fault: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan("train.dequantize=once", *overrides)
+    assert f"train.dequantize: {fault}" in refused.value.faults
 
 
 def test_activations_are_made_again_as_set_on_a_cpu_and_where_the_model_is_not_known() -> None:

@@ -246,6 +246,10 @@ class Train(Section):
     recompute: Free[Literal["auto", "none", "full"]] = "auto"
     """full computes activations again in the backward pass, layer by layer: less memory, about a third more work. auto
     is none where the plan says that a GPU holds all of them with room to spare, else full; off is none. Free."""
+    dequantize: Free[Literal["auto", "always", "once"]] = "auto"
+    """once keeps the values of 4-bit weights that have an adapter, at 2 bytes each, instead of making them for every
+    product: faster, the same numbers. auto is once where the plan says that a GPU holds them with room to spare, else
+    always; off is always. Free."""
     fused: Free[bool] = True
     """Compute the adapter in one step with its linear, norms and gated MLPs in one step each, and the loss a chunk of
     positions at a time, where the model allows it; off (false) leaves all to peft, transformers and torch. The numbers
