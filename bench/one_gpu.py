@@ -1,7 +1,7 @@
 """Speed and memory on one GPU, ours beside others: a 7B Llama-2 shape with random weights (speed does not depend on
 them).
 
-    python -m bench.one_gpu [--stacks NAME...] [--work FOLDER] [--table FILE]
+    python bench/one_gpu.py [--stacks NAME...] [--work FOLDER] [--table FILE]
 
 Every figure is a process of its own, ours through `qlora train` as users start it, others (`peers.py`) in a bare loop;
 all in one run, since machines differ. Prints a line of JSON for each and then the table: tokens per second (median of
