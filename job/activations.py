@@ -172,15 +172,15 @@ def working_bytes(shape: Shape, job: Job, tokens: int) -> int:
     """What one layer's backward takes besides what was kept, bytes.
 
     At the end of the MLP there are three gradients as wide as its inner features: of the base's product, of the
-    adapter's, their sum. With the adapter in one step it is one; with gate and up in one step too those of gate and up
-    besides, which a GPU puts in the place of gate and up. There are two of the residual, and the largest linear is
-    dequantized for its product.
+    adapter's, their sum. With the adapter in one step it is one, and with dropout a copy without what it drops; with
+    gate and up in one step too those of gate and up besides, which a GPU puts in the place of gate and up. There are
+    two of the residual, and the largest linear is dequantized for its product.
     """
     inner = max(_inner(shape), shape.hidden)
     largest = max((linear.numel for linear in shape.linears), default=0)
     dequantized = 0 if job.quantization == "none" else largest * job.item
     in_place = job.device == "cuda" or not _gate_in_one_step(shape, job)
-    wide = 1 if job.in_one_step and in_place else 3
+    wide = 1 + bool(job.dropout) if job.in_one_step and in_place else 3
     return tokens * job.item * (wide * inner + 2 * shape.hidden) + dequantized
 
 

@@ -76,8 +76,8 @@ def value_faults(config: RunConfig, shards_base: bool) -> list[str]:
     """Values of the base that cannot be kept."""
     if config.train.dequantize != "once":
         return []
-    if not config.train.fused or config.quantization.type not in ("nf4", "fp4"):
-        return ["train.dequantize: once is for 4-bit weights and train.fused: true. Use auto, or set these"]
+    if not config.train.fused or config.lora.dora or config.quantization.type not in ("nf4", "fp4"):
+        return ["train.dequantize: once is for 4-bit weights, train.fused: true and no DoRA. Use auto, or set these"]
     if shards_base:
         return ["train.dequantize: once keeps the values of a whole base, and here it is sharded. Use auto, or always"]
     return []

@@ -1,8 +1,8 @@
 """Products with the frozen base in 8-bit floating point (E4M3), for GPUs whose units take it.
 
 Every row of the input, every row of the weight and, backwards, every column of it is scaled by its largest magnitude to
-the type's, so that a row's outlier costs that row alone; sums are made in fp32 (Micikevicius et al. 2022, FP8 Formats
-for Deep Learning, with a scale a row). What is trained is never rounded to 8 bits.
+the type's, so that a row's outlier costs that row alone (Micikevicius et al. 2022, FP8 Formats for Deep Learning, with
+a scale a row); sums are made as the units do them fastest. What is trained is never rounded to 8 bits.
 """
 
 from typing import Any

@@ -107,8 +107,9 @@ def in_one_step(model: nn.Module, base_in_fp8: bool = False, values_kept: bool =
         for names in groups[type(module)]:
             layers = [one for one in (getattr(module, name, None) for name in names) if isinstance(one, _OneStep)]
             group = _Together(layers)
-            for one in layers if len(layers) > 1 else ():
-                one.together = group
+            if len(layers) > 1 and all(one.together is None for one in layers):
+                for one in layers:
+                    one.together = group
         last = getattr(getattr(module, "mlp", None), "down_proj", None)
         if isinstance(last, _OneStep) and isinstance(module.mlp, Gated) and like_llamas[type(module)]:
             last.ends_layer = True

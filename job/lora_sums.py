@@ -14,7 +14,7 @@ from job.norm_and_gate import gated
 from job.recompute import recomputing
 
 if torch.cuda.is_available():
-    from job.kernels.low_rank import MOST, add_low_rank
+    from job.kernels.low_rank import HIGHEST, MOST, add_low_rank
 
 PER_LAYER = 4
 """Tensors of a layer: its weight, bias, A and B."""
@@ -181,7 +181,7 @@ def _alone(
 
 def _added(parts: list[torch.Tensor], left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """The sum of the parts and of scale left right, in the first part's place."""
-    if parts[0].is_cuda and len(parts) <= MOST:
+    if parts[0].is_cuda and len(parts) <= MOST and left.shape[1] <= HIGHEST:
         return add_low_rank(parts, left, right, scale)
     for part in parts[1:]:
         parts[0].add_(part)

@@ -238,7 +238,8 @@ def _optimizer(trained: int, job: Job) -> list[Item]:
 
 def _buckets(job: Job) -> Item:
     """Buckets for gradients on their way: two when communication overlaps in stages 1 and 2."""
-    copied = copies_gradients(job.contiguous_gradients, job.strategy)
+    # with the optimizer on the host stages 1 and 2 always have them (deepspeed 0.19.8, stage_1_and_2.py)
+    copied = copies_gradients(job.contiguous_gradients, job.strategy) or (_on_host(job) and not _shards(job))
     count = copied * (2 if job.overlap_comm and not _shards(job) else 1)
     return Item("gradient buckets", count * job.bucket * job.item / GIB)
 

@@ -37,11 +37,19 @@ def rotated(
         cos, sin: [B or 1, T, D].
         unsqueeze_dim: 1; any other goes the long way.
     """
-    if unsqueeze_dim != 1 or cos.requires_grad or cos.dtype != q.dtype or q.dim() != 4:
+    if unsqueeze_dim != 1 or cos.requires_grad or cos.dtype != q.dtype or q.dim() != 4 or not _fit(q, k, cos, sin):
         long: tuple[torch.Tensor, torch.Tensor] = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
         return long
     both: tuple[torch.Tensor, torch.Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return both
+
+
+def _fit(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether every token has its angles, in memory as a kernel reads them."""
+    (batch, _, length, width), angles = q.shape, cos.shape
+    alike = cos.stride() == sin.stride() and cos.stride(-1) == 1 and sin.shape == angles
+    tokens = angles in ((batch, length, width), (1, length, width))
+    return alike and tokens and (k.shape[0], k.shape[2], k.shape[3]) == (batch, length, width)
 
 
 class _Rotation(torch.autograd.Function):

@@ -251,8 +251,12 @@ def test_values_of_the_base_are_kept_where_a_gpu_holds_them_with_room_to_spare()
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["train.fused=false"], "once is for 4-bit weights and train.fused: true. Use auto, or set these"),
-        (["quantization.type=none"], "once is for 4-bit weights and train.fused: true. Use auto, or set these"),
+        (["train.fused=false"], "once is for 4-bit weights, train.fused: true and no DoRA. Use auto, or set these"),
+        (["lora.dora=true"], "once is for 4-bit weights, train.fused: true and no DoRA. Use auto, or set these"),
+        (
+            ["quantization.type=none"],
+            "once is for 4-bit weights, train.fused: true and no DoRA. Use auto, or set these",
+        ),
         (
             ["parallel.strategy=zero3"],
             "once keeps the values of a whole base, and here it is sharded. Use auto, or always",

@@ -95,3 +95,12 @@ def test_other_models_of_the_process_stay_as_they_are() -> None:
     assert modeling_llama.LlamaAttention.forward.__globals__["apply_rotary_pos_emb"] is before
     attention = model.model.layers[0].self_attn
     assert isinstance(attention, modeling_llama.LlamaAttention) and type(attention) is not modeling_llama.LlamaAttention
+
+
+@pytest.mark.parametrize("angles", [(2, 1, 8), (1, 1, 8)], ids=str)
+def test_angles_that_are_one_for_all_tokens_go_the_long_way(angles: tuple[int, ...]) -> None:
+    q, k, angle = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8), torch.randn(angles)
+    found = rotated(q.requires_grad_(), k, angle.cos(), angle.sin())
+    expected = modeling_llama.apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert found[0].grad_fn is not None and "Rotation" not in type(found[0].grad_fn).__name__

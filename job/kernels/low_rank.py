@@ -6,6 +6,8 @@ import triton.language as tl
 
 MOST = 3
 """Matrices that are summed at once."""
+HIGHEST = 128
+"""Rank of a product that a program holds in shared memory."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -31,7 +33,7 @@ def add_low_rank(parts: list[torch.Tensor], left: torch.Tensor, right: torch.Ten
 
     Args:
         parts: one to three of [N, W], contiguous.
-        left: [N, R], the last dimension contiguous.
+        left: [N, R] with R of at most `HIGHEST`, the last dimension contiguous.
         right: [R, W] in any order.
     """
     first, (height, width), rank = parts[0], parts[0].shape, left.shape[1]

@@ -14,7 +14,7 @@ def _turn(x, out, cos, sin, token, batch, place, heads, half, x_strides, out_str
     s1 = tl.load(sin + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     s2 = tl.load(sin + half + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     for start in range(0, heads, HEADS):
-        head = start + tl.arange(0, HEADS)[:, None]
+        head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         mask = (head < heads) & inside[None, :]
         source = x + batch * x_strides[0] + head * x_strides[1] + place * x_strides[2] + column[None, :]
         target = out + batch * out_strides[0] + head * out_strides[1] + place * out_strides[2] + column[None, :]
