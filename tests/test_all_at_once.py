@@ -1,7 +1,9 @@
-"""What DeepSpeed's optimizer does for each parameter, done for all: the same numbers, one rank in this process."""
+"""What DeepSpeed's optimizer does for each parameter, done for all: the same numbers."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any
 
 import deepspeed
@@ -14,17 +16,17 @@ from tests.ranks import free_port
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    before = {name: os.environ.get(name) for name in names}
+def alone() -> Iterator[Executor]:
+    """A process of its own, in which DeepSpeed is one rank: it never forgets its process group."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (names,)) as process:
+        yield process
+
+
+def _begin(names: dict[str, Any]) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
-    yield
-    torch.distributed.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def engine(ours: bool, contiguous: bool = False) -> Any:
@@ -52,8 +54,7 @@ def stepped(made: Any, factor: float = 1.0) -> tuple[float, bool, list[torch.Ten
     return float(made.get_global_grad_norm()), bool(made.was_step_applied()), weights
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-def test_norms_and_steps_are_deepspeeds(alone: None, contiguous: bool) -> None:
+def same(contiguous: bool) -> None:
     theirs, ours = engine(ours=False, contiguous=True), engine(ours=True, contiguous=contiguous)
     for _ in range(4):
         expected, found = stepped(theirs), stepped(ours)
@@ -61,8 +62,12 @@ def test_norms_and_steps_are_deepspeeds(alone: None, contiguous: bool) -> None:
         assert found[1] and all(torch.equal(one, other) for one, other in zip(found[2], expected[2], strict=True))
 
 
-@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
-def test_gradients_that_are_not_finite_are_left_out(alone: None, factor: float) -> None:
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_norms_and_steps_are_deepspeeds(alone: Executor, contiguous: bool) -> None:
+    alone.submit(same, contiguous).result()
+
+
+def left_out(factor: float) -> None:
     made = engine(ours=True)
     _, _, before = stepped(made)
     _, applied, after = stepped(made, factor)
@@ -70,7 +75,12 @@ def test_gradients_that_are_not_finite_are_left_out(alone: None, factor: float) 
     assert stepped(made)[1]
 
 
-def test_parameters_put_elsewhere_come_back_to_the_copy_that_is_stepped(alone: None) -> None:
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite_are_left_out(alone: Executor, factor: float) -> None:
+    alone.submit(left_out, factor).result()
+
+
+def back() -> None:
     made = engine(ours=True)
     stepped(made)
     moved = next(iter(made.module.parameters()))
@@ -78,3 +88,7 @@ def test_parameters_put_elsewhere_come_back_to_the_copy_that_is_stepped(alone: N
     _, _, weights = stepped(made)
     flat = made.optimizer.bit16_groups_flat[0]
     assert moved.data_ptr() == flat.data_ptr() and torch.equal(flat[: moved.numel()].view_as(moved), weights[0])
+
+
+def test_parameters_put_elsewhere_come_back_to_the_copy_that_is_stepped(alone: Executor) -> None:
+    alone.submit(back).result()
