@@ -165,13 +165,13 @@ def test_a_run_whose_folder_was_taken_over_stops_and_publishes_nothing_more(run_
     out = tmp_path / "out/run"
     with Command("train", run_file(checkpoint={"every_steps": 2}), ENDLESS) as command:
         command.wait_for("step 4/")
-        (held,) = (out / "lease").iterdir()
+        (held,) = (out / "lease").glob("*.json")  # beside what is being written
         theirs = {**json.loads(held.read_text()), "id": "another", "host": "elsewhere"}
         (out / "lease/00000009.json").write_text(json.dumps(theirs))
         done = command.wait()
     assert done.code == 1 and "is no longer this run's: another run holds it (host elsewhere" in done.err
     assert status(out)["state"] == "running" and not (out / "adapter").exists()
-    assert [file.name for file in (out / "lease").iterdir() if file.name > "00000001.json"] == ["00000009.json"]
+    assert [file.name for file in (out / "lease").glob("*.json") if file.name > "00000001.json"] == ["00000009.json"]
 
 
 def test_without_hard_links_a_run_needs_to_give_up_its_lease_and_then_keeps_checkpoints(
