@@ -106,7 +106,7 @@ def measure(model: Path, work: Path, length: int, micro: int, *overrides: str, r
 def measure_peer(stack: str, model: Path, length: int, micro: int, recompute: str) -> dict[str, float]:
     """The figures of another stack; what it wrote last, where it failed."""
     words = [sys.executable, "-m", "bench.peers", stack, str(model), str(length), str(micro), recompute]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         print(f"{stack} failed: {(done.stderr or done.stdout)[-500:]}", file=sys.stderr)

@@ -87,7 +87,7 @@ class Job:
     overlap_comm: bool = True
     """Whether there are two buckets."""
     contiguous_gradients: bool | None = None
-    """Whether there are buckets at all."""
+    """Whether there are buckets at all; None is what the strategy does by itself."""
     persistence: int = 1_000_000
     """Parameters of at most so many stored elements stay whole under zero3 and hpz."""
     max_live: int = 400_000_000

@@ -1,7 +1,8 @@
 """RMS norms and gated MLPs as one operation each, that keep less for the backward pass than transformers' chains.
 
 A norm keeps its input as it came instead of a copy in fp32. Of a gated MLP gate and up are kept; what is made of them,
-which the linear behind would keep for its adapter, is made again. Values are those of the chains, bit for bit.
+which the linear behind would keep for its adapter, is made again. In plain torch values are those of the chains, bit
+for bit; kernels take the same formulas and roundings and sum in another order.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Rotary positions of queries and keys as one operation, that keeps the angles and neither queries nor keys.
 
 Known by its code, the function that transformers copies into most families is left out of their attention for this one;
-values are its own, bit for bit.
+values are its own, bit for bit in plain torch.
 """
 
 from types import FunctionType

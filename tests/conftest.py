@@ -170,7 +170,7 @@ def qlora(
         capture_output=True,
         text=True,
         input=stdin,
-        timeout=300,
+        timeout=900,  # ends what hangs; the demo takes two minutes on two cores and far more on busy ones
         cwd=REPOSITORY,
         env={**os.environ, "COLUMNS": "200", **(env or {})},
     )

@@ -141,6 +141,7 @@ def _die_after(step: int) -> None:
     after_step = Saver.after_step
 
     def last(self: Saver, progress: Any, batch: Any) -> None:
+        self.uploads.wait(60)  # or the one that is due would be put off for one that is being written
         after_step(self, progress, batch)
         if progress.step == step:
             self.uploads.wait(60)

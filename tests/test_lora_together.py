@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-import bitsandbytes as bnb
 import numpy as np
 import peft
 import pytest
@@ -15,6 +14,7 @@ from job.dropout import Places, RowDropout
 from job.forward_code import called_alike
 from job.linear import FrozenLinear4bit
 from job.lora_linear import in_one_step
+from tests.test_lora_linear import four_bit
 
 WIDTH, RANK, TOKENS = 64, 4, (2, 7)
 
@@ -57,13 +57,7 @@ def both(kind: Any = Attention, quantized: bool = False, dropout: float = 0.0, t
     base = kind().requires_grad_(False)
     if quantized:
         for name, linear in list(base.named_children()):
-            made = bnb.nn.Linear4bit(
-                linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=torch.float32
-            )
-            made.weight, made.bias = bnb.nn.Params4bit(linear.weight.data, requires_grad=False), linear.bias
-            made.__class__ = FrozenLinear4bit
-            made.support_avx512bf16_for_cpu = False
-            setattr(base, name, made.to("cpu"))
+            setattr(base, name, four_bit(linear, "nf4"))
     base.is_loaded_in_4bit = quantized
     names = list(targets) if kind is Attention else ["first", "last"]
     config = peft.LoraConfig(r=RANK, lora_alpha=6, lora_dropout=dropout, target_modules=names)

@@ -10,9 +10,8 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from job.rotary import rotate_in_one_step, rotated
+from tests.test_norm_and_gate import GATED, SMALL, through
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}
-GATED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
 FAMILIES: dict[str, tuple[Any, int]] = {
     "Llama": (transformers.LlamaConfig(**GATED), 2),
     "Mistral": (transformers.MistralConfig(**GATED), 2),
@@ -24,15 +23,6 @@ FAMILIES: dict[str, tuple[Any, int]] = {
     "OPT, none": (transformers.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0), 0),
 }
 """A configuration of each kind, and how many of its modules rotate in one step."""
-
-
-def through(model: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the gradient of the states that came in."""
-    states = states.clone().requires_grad_()
-    logits = model(inputs_embeds=states, use_cache=False).logits
-    (logits.float() ** 2).sum().backward()
-    assert states.grad is not None
-    return logits.detach(), states.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
