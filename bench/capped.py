@@ -20,7 +20,7 @@ CAP_GIB = 3.8
 def main(work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     make_model(work / "7b")
-    rows = make_rows(work / "rows-256.jsonl", 256, 8)
+    rows = make_rows(work / "rows-256.jsonl", *[256] * 8)
     share = CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory
     for processes, strategy in ((1, "replicate"), (2, "zero3")):
         words = [

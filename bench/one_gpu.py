@@ -12,11 +12,13 @@ hardware: bench/RESULTS.md.
 import argparse
 import datetime
 import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +52,11 @@ def make_model(folder: Path) -> None:
     with torch.device("cuda"):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
     torch.cuda.empty_cache()
+    make_tokenizer(folder)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer of one token a word."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3} | {f"w{i}": i + 4 for i in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -58,20 +65,33 @@ def make_model(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_rows(path: Path, length: int, count: int) -> Path:
-    """Rows of random words that fill a sequence each."""
+def make_rows(path: Path, *lengths: int) -> Path:
+    """Rows of random words; each has so many tokens, its end included."""
     generator = torch.Generator().manual_seed(0)
     lines = []
-    for _ in range(count):
+    for length in lengths:
         words = torch.randint(0, WORDS, (length - 1,), generator=generator).tolist()
         lines.append(json.dumps({"text": " ".join(f"w{i}" for i in words)}))
     path.write_text("\n".join(lines))
     return path
 
 
-def measure(model: Path, work: Path, length: int, micro: int, *overrides: str, ranks: int = 1) -> dict[str, float]:
-    """One run in a process of its own, as users start it; its figures."""
-    rows = make_rows(work / f"rows-{length}.jsonl", length, micro * ranks * STEPS)
+def measure(
+    model: Path | str,
+    work: Path,
+    length: int,
+    micro: int,
+    *overrides: str,
+    ranks: int = 1,
+    rows: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """One run in a process of its own, as users start it; its figures.
+
+    Args:
+        rows: those to train on; without, as many as the steps take, each of which fills a sequence.
+    """
+    rows = rows or make_rows(work / f"rows-{length}.jsonl", *[length] * (micro * ranks * STEPS))
     output = Path(tempfile.mkdtemp(dir=work)) / "out"
     values = {
         "model": {"name": str(model)},
@@ -89,10 +109,12 @@ def measure(model: Path, work: Path, length: int, micro: int, *overrides: str, r
     config.write_text(json.dumps(values))  # JSON is YAML
     begun = time.time()
     words = [sys.executable, "-m", "job", "train", str(config), *overrides]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     seconds = time.time() - begun
+    read = re.search(r"base: ([\d.]+) of ([\d.]+) GB read by this rank, .* in ([\d.]+) s", done.stderr)
+    assert read, done.stderr
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     stepping = sum(row["tokens"] / row["tokens_per_s"] for row in found)
     return {
@@ -100,12 +122,17 @@ def measure(model: Path, work: Path, length: int, micro: int, *overrides: str, r
         "peak_gib": found[-1]["memory_gib"],
         "loss": round(found[-1]["loss"], 4),
         "besides_steps_s": round(seconds - stepping, 1),
+        "read_gb": float(read[1]),
+        "read_s": float(read[3]),
     }
 
 
-def measure_peer(stack: str, model: Path, length: int, micro: int, recompute: str) -> dict[str, float]:
+def measure_peer(
+    stack: str, model: Path, length: int, micro: int, recompute: str, rows: Path | None = None
+) -> dict[str, float]:
     """The figures of another stack; what it wrote last, where it failed."""
     words = [sys.executable, "-m", "bench.peers", stack, str(model), str(length), str(micro), recompute]
+    words += [str(rows)] if rows else []
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

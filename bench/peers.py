@@ -1,10 +1,12 @@
 """Steps of other stacks on the model, rows and optimizer that `one_gpu.py` measures ours with, one stack a process.
 
-    python -m bench.peers STACK MODEL LENGTH MICRO RECOMPUTE
+    python -m bench.peers STACK MODEL LENGTH MICRO RECOMPUTE [ROWS]
 
 Stacks: `unsloth`, as its documentation sets it up; `trainer`, what tutorials write (prepare_model_for_kbit_training,
 peft, autocast); `trainer+liger`, the same with Liger Kernel's parts. Prints a line of JSON: tokens a second (the median
 of the steps after the third) and the peak of memory while stepping. What they do besides steps is not in the figures.
+With ROWS, a file of rows that `one_gpu.make_rows` wrote, each row is padded to LENGTH as tutorials do, and tokens are
+those of rows.
 """
 
 import json
@@ -12,6 +14,8 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +64,24 @@ def load(stack: str, folder: str, length: int, recompute: str) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))  # type: ignore[arg-type]
 
 
-def measure(stack: str, folder: str, length: int, micro: int, recompute: str) -> dict[str, float]:
+def batches(length: int, micro: int, rows: str | None) -> Iterator[dict[str, torch.Tensor]]:
+    """For each step ids, labels and, where rows are padded, a mask, all [micro, length]."""
+    if rows is None:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS):
+            ids = torch.randint(4, 32000, (micro, length), generator=generator)
+            yield {"input_ids": ids, "labels": ids}
+        return
+    texts = [json.loads(line)["text"] for line in Path(rows).read_text().splitlines()]
+    for step in range(len(texts) // micro):
+        ids, mask = torch.full((micro, length), 3), torch.zeros(micro, length, dtype=torch.long)
+        for place, text in enumerate(texts[step * micro :][:micro]):
+            row = [int(word[1:]) + 4 for word in text.split()] + [2]
+            ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
+        yield {"input_ids": ids, "labels": ids.where(mask.bool(), -100), "attention_mask": mask}
+
+
+def measure(stack: str, folder: str, length: int, micro: int, recompute: str, rows: str | None) -> dict[str, float]:
     """Tokens a second and the peak, GiB, of steps on random words."""
     model = load(stack, folder, length, recompute)
     model.train()
@@ -68,26 +89,25 @@ def measure(stack: str, folder: str, length: int, micro: int, recompute: str) ->
 
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = bitsandbytes.optim.PagedAdamW8bit(trained, lr=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    seconds = []
+    seconds, tokens = [], []
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(STEPS):
+    for batch in batches(length, micro, rows):
         begun = time.perf_counter()
-        ids = torch.randint(4, 32000, (micro, length), generator=generator).cuda()
         with torch.autocast("cuda", torch.bfloat16, enabled=stack != "unsloth"):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**{name: value.cuda() for name, value in batch.items()}).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
+        tokens.append(int((batch["labels"] >= 0).sum()))
     return {
-        "tokens_per_s": round(length * micro / statistics.median(seconds[3:])),
+        "tokens_per_s": round(statistics.mean(tokens) / statistics.median(seconds[3:])),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
 
 
 if __name__ == "__main__":
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    stack, folder, length, micro, recompute = sys.argv[1:]
-    print(json.dumps(measure(stack, folder, int(length), int(micro), recompute)))
+    stack, folder, length, micro, recompute, *rest = sys.argv[1:]
+    print(json.dumps(measure(stack, folder, int(length), int(micro), recompute, *(rest or [None]))))
