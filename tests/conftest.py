@@ -18,6 +18,10 @@ for deaf in (signal.SIGINT, signal.SIGHUP):  # a shell's background job, nohup: 
     if signal.getsignal(deaf) == signal.SIG_IGN:
         signal.signal(deaf, signal.default_int_handler if deaf == signal.SIGINT else signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores would spin against each other
+# DeepSpeed's operators are compiled for these tests alone: a process that was ended while it compiled leaves a lock
+# that all others wait for, and another checkout compiles the same files anew; by few, for the sake of other tests
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+os.environ.setdefault("MAX_JOBS", "2")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which bitsandbytes does
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,7 +46,7 @@ def make_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([(REPOSITORY / "tests/conftest.py").read_text()] * 2, trainer)
+    tokenizer.train_from_iterator([(REPOSITORY / "LICENSE").read_text()] * 2, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>")
     made.chat_template = chat_template
     made.save_pretrained(folder)

@@ -351,12 +351,12 @@ def test_an_adapter_is_not_compared_under_other_settings(run_file: RunFile) -> N
 
 
 def test_keep_best_writes_the_adapter_of_the_lowest_evaluation_loss(run_file: RunFile) -> None:
-    steps = {"learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}
+    steps = {"learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}
     judged = {"share": 0.25, "every_steps": 1}
-    best = run(run_file("best", train={**steps, "max_steps": 4}, evaluation={**judged, "keep_best": True}))
+    best = run(run_file("best", train={**steps, "max_steps": 6}, evaluation={**judged, "keep_best": True}))
     found = {row["step"]: row["eval_loss"] for row in metrics(best) if "eval_loss" in row and row["step"]}
     lowest = min(found, key=found.__getitem__)
-    assert lowest < 4, "the run must get worse for this test to say anything"
+    assert lowest < 6, "the run must get worse for this test to say anything"
     stopped = run(run_file("stopped", train={**steps, "max_steps": lowest}, evaluation=judged))
     kept, expected = (load_file(out / "adapter/adapter_model.safetensors") for out in (best, stopped))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
