@@ -4,6 +4,7 @@ The list is that of transformers 5's decoder layers under bitsandbytes linears w
 test counts with torch's saved-tensor hooks on real layers must equal it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -76,6 +77,8 @@ class Job:
     """Whether the values of 4-bit weights with an adapter stay beside them."""
     recompute: Literal["none", "full"] = "full"
     """full keeps each layer's input alone."""
+    offload_activations: bool = False
+    """Whether these inputs may wait in host memory."""
     optimizer: str = "adamw"
     """By its name in the run file."""
     offload_optimizer: Place = "none"
@@ -92,6 +95,10 @@ class Job:
     """Parameters of at most so many stored elements stay whole under zero3 and hpz."""
     max_live: int = 400_000_000
     """Stored elements that may stay gathered, those fetched ahead included."""
+    layer_gathers: bool = True
+    """Whether zero3's layers are gathered in one step, one ahead of use unless `prefetch` is 0."""
+    prefetch: int = 1
+    """Stored elements that may be gathered ahead."""
     storage_bytes: int = 1
     """Bytes of a stored element of the 4-bit base."""
     evaluation_micro_batch: int = 1
@@ -108,6 +115,11 @@ class Job:
     def item(self) -> int:
         """Bytes of an activation's element."""
         return ITEM[self.precision]
+
+    @property
+    def inputs_away(self) -> bool:
+        """Whether layers' inputs wait in host memory."""
+        return self.offload_activations and self.recompute == "full" and self.device == "cuda"
 
     @property
     def in_one_step(self) -> bool:
@@ -129,8 +141,16 @@ def kept_bytes(shape: Shape, job: Job) -> int:
     once = job.tokens * 2 * job.item * shape.head_size
     if job.recompute == "full":
         once += job.micro_batch * job.length**2 * job.masked
-        return once + job.tokens * (shape.layers * job.item * shape.hidden + _norm(shape, job))
+        # one that comes back, and the next; the one that is computed with leaves the GPU as the next one comes
+        inputs = min(2, shape.layers) if job.inputs_away else shape.layers
+        return once + job.tokens * (inputs * job.item * shape.hidden + _norm(shape, job))
     return once + shape.layers * layer_bytes(shape, job)
+
+
+def on_host_bytes(shape: Shape, job: Job) -> int:
+    """What a rank keeps in pinned host memory instead, of which torch gives out powers of two."""
+    each = 2 ** math.ceil(math.log2(job.tokens * job.item * shape.hidden))
+    return shape.layers * each if job.inputs_away else 0
 
 
 def layer_bytes(shape: Shape, job: Job) -> int:

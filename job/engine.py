@@ -15,6 +15,7 @@ from job.all_at_once import step_all_at_once
 from job.config.learning import Train
 from job.data.batches import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
+from job.layer_gathers import gather_layers_at_once
 from job.loss_head import LossHead
 from job.plan import Plan
 from job.saved import SCALER
@@ -53,6 +54,8 @@ class Engine:
             model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
         )
         step_all_at_once(self.inner.optimizer)
+        if plan.zero.strategy == "zero3" and plan.zero.layer_gathers:
+            gather_layers_at_once(self.inner, ahead=plan.zero.prefetch > 0)
         self.model, self.places, self.world, self.device = model, places, world, self.inner.device
         names = {id(value): name for name, value in model.named_parameters()}
         self.trained = Trained(self.inner, names, plan.zero.shards_base, world.rank)

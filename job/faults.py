@@ -50,6 +50,18 @@ def attention_faults(config: RunConfig, hardware: Hardware) -> list[str]:
     return faults
 
 
+def offload_faults(config: RunConfig, hardware: Hardware) -> list[str]:
+    """Activations that there are none of to offload, or nowhere to."""
+    if not config.train.offload_activations:
+        return []
+    faults = []
+    if hardware.device == "cpu":
+        faults.append("train.offload_activations: here is no GPU whose memory it would spare. Use false")
+    if config.train.recompute == "none":
+        faults.append("train.offload_activations: recompute none keeps all on the GPU. Use train.recompute: full")
+    return faults
+
+
 def fp8_faults(config: RunConfig, hardware: Hardware, precision: str) -> list[str]:
     """What FP8 products do not go with."""
     if config.train.base_compute != "fp8":

@@ -74,6 +74,10 @@ def _cures(shape: Shape, job: Job, device_gib: float) -> str:
     if job.recompute == "none":
         job = replace(job, recompute="full")
         steps.append(("train.recompute: full", job))
+    away = replace(job, offload_activations=True)
+    if memory(shape, away).total_gib < memory(shape, job).total_gib:  # not where the peak is elsewhere
+        job = away
+        steps.append(("train.offload_activations: true", job))
     if job.micro_batch > 1:
         job = replace(job, micro_batch=1, evaluation_micro_batch=1)
         steps.append(("train.micro_batch_size: 1", job))

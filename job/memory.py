@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from job.activations import CHUNK, Job, kept_bytes, layer_bytes, working_bytes
+from job.activations import CHUNK, Job, kept_bytes, layer_bytes, on_host_bytes, working_bytes
 from job.families import adapted, fused
 from job.shape import Linear, Shape
 from job.zero import STAGE, copies_gradients, swap_buffers
@@ -162,11 +162,15 @@ def _base(shape: Shape, job: Job) -> list[Item]:
 
 
 def _gathered(shape: Shape, job: Job) -> float:
-    """Bytes of weights that are whole at once: as many as may live, at least one layer or the largest kept tensor,
-    at most all. What is fetched ahead counts towards the limit (DeepSpeed's partitioned_param_coordinator.py)."""
+    """Bytes of weights that are whole at once. Of layers that are gathered at once it is two, or one where none is
+    gathered ahead, and the largest kept tensor beside them; otherwise as many as may live, at least one layer or that
+    tensor, at most all. What is fetched ahead counts towards the limit (DeepSpeed's partitioned_param_coordinator.py).
+    """
     width = _stored_width(job)
     limit = job.max_live * (job.storage_bytes if width < 1 else job.item)
     layer = width * shape.layer_quantized + job.item * (shape.layer - shape.layer_quantized)
+    if job.layer_gathers and job.strategy == "zero3" and job.offload_parameters == "none":
+        return min(1 + bool(job.prefetch), shape.layers) * layer + job.item * shape.largest_kept
     needed = max(layer, job.item * shape.largest_kept)
     return min(width * shape.quantized + job.item * shape.kept, max(limit, needed))
 
@@ -252,6 +256,8 @@ def _host(shape: Shape, job: Job, trained: int) -> list[Item]:
         return items[1:]
     if _on_host(job):  # masters, moments and gradients in fp32
         items.append(Item("optimizer", here * (8 + MOMENT_BYTES[job.optimizer]) * trained / job.ranks / GIB))
+    if inputs := on_host_bytes(shape, job):
+        items.append(Item("layers' inputs, pinned", here * inputs / GIB))
     if _shards(job) and job.offload_parameters != "none":
         stored = _stored_width(job) * shape.quantized + job.item * shape.kept
         whole = here * stored / job.ranks + (stored if job.strategy == "hpz" else 0)

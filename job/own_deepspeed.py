@@ -48,7 +48,7 @@ REFUSED = {
     "fp16.auto_cast": "train.precision decides. Remove it",
     "activation_checkpointing.partition_activations": _NOTHING,
     "activation_checkpointing.contiguous_memory_optimization": _NOTHING,
-    "activation_checkpointing.cpu_checkpointing": "train.recompute decides. Remove it",
+    "activation_checkpointing.cpu_checkpointing": "train.offload_activations decides. Remove it",
     "zero_optimization.zero_quantized_weights": _TWICE,
     "zero_optimization.zero_quantized_nontrainable_weights": _TWICE,
     "gradient_predivide_factor": _SCATTERED,

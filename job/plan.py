@@ -8,7 +8,15 @@ from job.activations import Job
 from job.config import RunConfig
 from job.errors import ConfigError
 from job.families import adapted
-from job.faults import attention_faults, batch_faults, expert_faults, fp8_faults, one_round, value_faults
+from job.faults import (
+    attention_faults,
+    batch_faults,
+    expert_faults,
+    fp8_faults,
+    offload_faults,
+    one_round,
+    value_faults,
+)
 from job.fit import choose, fits, keeps_activations, keeps_values
 from job.memory import Memory, memory
 from job.own_deepspeed import adopt, contradictions, merged, read_own
@@ -45,6 +53,7 @@ class Plan:
     warmup: float
     max_grad_norm: float
     recompute: Literal["none", "full"]
+    inputs_on_host: bool
     dequantize: Literal["always", "once"]
     memory: Memory | None = None
     reason: str = ""
@@ -110,6 +119,7 @@ def make_plan(
         notes.append("paged_adamw_8bit has no pages on a CPU: it is adamw_8bit here")
     faults += expert_faults(config, model_type, shape)
     faults += attention_faults(config, hardware)
+    faults += offload_faults(config, hardware)
     faults += fp8_faults(config, hardware, precision)
     # DeepSpeed swaps to files through buffers of the computing type alone
     storage: Storage = precision if config.parallel.offload_parameters == "nvme" else "uint8"
@@ -133,6 +143,7 @@ def make_plan(
         warmup=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
         recompute=need.settled(strategy).recompute,
+        inputs_on_host=train.offload_activations and need.settled(strategy).recompute == "full",
         dequantize="once" if need.settled(strategy).values_kept else "always",
         memory=need.memory(strategy),
         reason=reason,
@@ -177,12 +188,15 @@ class _Need:
             fused=config.train.fused,
             values_kept=config.train.dequantize == "once",
             recompute="none" if config.train.recompute == "none" else "full",
+            offload_activations=config.train.offload_activations,
             optimizer=config.train.optimizer,
             offload_optimizer=zero.offload_optimizer,
             offload_parameters=zero.offload_parameters,
             bucket=zero.bucket,
             overlap_comm=zero.overlap_comm,
             contiguous_gradients=zero.contiguous_gradients,
+            layer_gathers=zero.layer_gathers,
+            prefetch=zero.prefetch,
             persistence=zero.persistence,
             max_live=zero.max_live,
             storage_bytes=self.storage_bytes,

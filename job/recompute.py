@@ -1,17 +1,33 @@
 """Activations computed again in the backward pass, a layer at a time; and whether that is what happens now."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
+
+from job.host_inputs import HostInputs
 
 _again = False
 
 
-def recompute_activations(model: Any) -> None:
-    """Keep only each layer's input for the backward pass. Our dropout needs no random state to be restored."""
+def recompute_activations(model: Any, on_host: HostInputs | None = None) -> None:
+    """Keep only each layer's input for the backward pass. Our dropout needs no random state to be restored.
+
+    Args:
+        on_host: where the inputs go meanwhile; without, they stay on the GPU.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     # the first is the name since transformers 5.20
     enable({"use_reentrant": False, "preserve_rng_state": False, "context_fn": _around})
+    if on_host is not None:
+        for module in model.modules():
+            if again := getattr(module, "_gradient_checkpointing_func", None):
+                module._gradient_checkpointing_func = partial(_away, on_host, again)
+
+
+def _away(on_host: HostInputs, again: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with on_host.away():  # what is saved inside stays with torch's checkpoint, whose hooks are nearer
+        return again(*args, **kwargs)
 
 
 def recomputing() -> bool:

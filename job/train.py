@@ -16,6 +16,7 @@ from job.engine import Engine
 from job.errors import ModelError
 from job.group import agree_on_hardware, agreed, connect, first_of_each_node, on_first_rank
 from job.hardware import this_hardware
+from job.host_inputs import HostInputs
 from job.loading import fill
 from job.lora_linear import in_one_step
 from job.matching import matched
@@ -125,7 +126,7 @@ def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places]:
     if config.train.fused:
         in_one_step(model, config.train.base_compute == "fp8", values_kept=plan.dequantize == "once")
     if plan.recompute == "full":
-        recompute_activations(model)
+        recompute_activations(model, HostInputs() if plan.inputs_on_host else None)
     return model, places
 
 

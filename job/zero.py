@@ -38,6 +38,7 @@ class Zero:
     prefetch: int
     persistence: int
     max_live: int
+    layer_gathers: bool
     overlap_comm: bool
     contiguous_gradients: bool | None
 
@@ -121,6 +122,7 @@ def make_zero(config: RunConfig, strategy: Strategy, ranks_per_node: int, storag
         prefetch=_prefetch(config, storage_bytes),
         persistence=PERSISTENCE if config.parallel.persistence is None else config.parallel.persistence,
         max_live=MAX_LIVE_BYTES // storage_bytes if config.parallel.max_live is None else config.parallel.max_live,
+        layer_gathers=config.parallel.layer_gathers,
         overlap_comm=config.parallel.overlap_comm,
         contiguous_gradients=config.parallel.contiguous_gradients,
     )

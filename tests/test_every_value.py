@@ -140,6 +140,9 @@ SHARDED: list[Sections] = [
     {"parallel": {"prefetch": 10**12, "max_live": 10**12}},
     {"parallel": {"persistence": 10**12}},
     {"parallel": {"persistence": 4096}},
+    {"parallel": {"persistence": 700}},
+    {"parallel": {"persistence": 700, "layer_gathers": False}},
+    {"parallel": {"persistence": 700, "prefetch": 0}, "train": {"recompute": "full"}},
 ]
 
 
@@ -276,7 +279,7 @@ def test_fewer_held_out_rows_than_ranks_and_the_best_adapter_are_those_of_one_pr
     odd = [{"instruction": "Count to 3.", "input": "", "output": "QXZJ#@%&*" * 6}]
     held_out = write_rows(run_file("any").parent / "held-out.jsonl", odd)
     sections: Any = {
-        "train": {"max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0, "schedule": "constant"},
+        "train": {"max_steps": 6, "learning_rate": 3e-2, "warmup_steps": 0, "schedule": "constant"},
         "evaluation": {"file": str(held_out), "every_steps": 1, "keep_best": True},
     }
     outputs = []

@@ -261,7 +261,7 @@ SCATTERED = "DeepSpeed shards gradients without it. Remove it"
             for name, why in (
                 ("partition_activations", NOTHING),
                 ("contiguous_memory_optimization", NOTHING),
-                ("cpu_checkpointing", "train.recompute decides. Remove it"),
+                ("cpu_checkpointing", "train.offload_activations decides. Remove it"),
             )
         ),
         *(

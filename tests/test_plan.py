@@ -133,6 +133,16 @@ def test_the_compute_dtype_can_differ() -> None:
             {"hardware": CPU},
             "model.attention: flash_attention_2 needs a GPU. Use sdpa",
         ),
+        (
+            ["train.offload_activations=true"],
+            {"hardware": CPU},
+            "train.offload_activations: here is no GPU whose memory it would spare. Use false",
+        ),
+        (
+            ["train.offload_activations=true", "train.recompute=none"],
+            {"hardware": H200},
+            "train.offload_activations: recompute none keeps all on the GPU. Use train.recompute: full",
+        ),
     ],
 )
 def test_what_this_machine_cannot_do_is_refused(overrides: list[str], where: dict[str, Any], fault: str) -> None:
@@ -232,6 +242,14 @@ def test_activations_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> Non
     assert roomy.reason == f"{kept.total_gib:.1f} GiB of {room + 0.01:.1f} GiB a GPU"
     assert tight.reason == f"{again.total_gib:.1f} GiB of {room - 0.01:.1f} GiB a GPU"
     assert with_memory(room + 0.01, "parallel.strategy=replicate").recompute == "none"
+
+
+def test_inputs_go_to_the_host_where_layers_are_computed_again() -> None:
+    away = "train.offload_activations=true"
+    assert with_memory(140, away, "train.recompute=full").inputs_on_host
+    assert with_memory(12, away, "train.dequantize=always").inputs_on_host, "auto comes to full here"
+    assert not with_memory(140, away).inputs_on_host, "and here to none"
+    assert not with_memory(140, "train.recompute=full").inputs_on_host
 
 
 def test_values_of_the_base_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> None:

@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from job import lora_sums
+from job.host_inputs import HostInputs
 from job.lora_linear import in_one_step
 from job.recompute import recompute_activations, recomputing
 
@@ -81,3 +82,35 @@ def test_evaluation_between_is_no_recomputation() -> None:
     with torch.no_grad():
         found = model.eval()(input_ids=torch.arange(8)[None]).logits
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_that_were_on_the_host_give_the_same_gradients(family: str) -> None:
+    kept = adapted(FAMILIES[family][0])
+    away, leaving = copy.deepcopy(kept), []
+
+    def leaves(tensor: torch.Tensor) -> bool:
+        leaving.append(tuple(tensor.shape))
+        return True
+
+    on_host = HostInputs(leaves)
+    recompute_activations(away, on_host)
+    expected = learnt(kept)
+    for _ in range(2):
+        found = learnt(away)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        away.zero_grad()
+    assert leaving == [(2, 9, 32)] * 2 * 2, "something else than each layer's input went"
+    assert [len(buffers) for buffers in on_host.free.values()] == [2], "buffers were made anew, or are not free"
+
+
+def test_what_is_on_the_host_is_another_memory() -> None:
+    on_host = HostInputs(lambda tensor: True)
+    x = torch.randn(4, 8, requires_grad=True) * 1.0
+    with on_host.away():
+        y = (x * x).sum()
+    kept = x.detach().clone()
+    with torch.no_grad():
+        x.zero_()  # torch would refuse a saved tensor that was changed; the copy is not
+    y.backward()
+    assert torch.equal(on_host.free[x.shape, x.dtype][0], kept)

@@ -36,6 +36,9 @@ class Parallel(Section):
     """Parameters of at most so many elements stay whole under zero3 and hpz; off (null) is 1e6. Free."""
     max_live: Free[NonNegativeInt | None] = None
     """Stored elements that may stay gathered under zero3 and hpz; off (null) is 400 MB of them. Free."""
+    layer_gathers: Free[bool] = True
+    """Under zero3 gather the frozen weights of a decoder layer in one step while the layer before computes (not with
+    parallel.prefetch 0), so that two layers are whole at a time; off (false) leaves layers to DeepSpeed. Free."""
     overlap_comm: Free[bool] = True
     """Communicate while computing; off (false) takes turns. Free."""
     contiguous_gradients: Free[bool | None] = None

@@ -1,0 +1,194 @@
+"""ZeRO-3's decoder layers gathered in one collective each: DeepSpeed's numbers, and no more than two layers whole."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from job.layer_gathers import gather_layers_at_once
+from tests.ranks import free_port
+
+WIDTH, LAYERS, TRAINED = 16, 5, 4
+RANKS = 2
+
+
+class Layer(nn.Module):
+    """A frozen linear, a frozen norm that stays whole, and a narrow pair that learns."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.base = nn.Linear(WIDTH, width, bias=False).requires_grad_(False)
+        self.back = nn.Linear(width, WIDTH, bias=False).requires_grad_(False)
+        self.norm = nn.LayerNorm(WIDTH).requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, TRAINED, bias=False), nn.Linear(TRAINED, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.back(torch.tanh(self.base(self.norm(x)))) + self.up(self.down(x)))
+
+
+class Model(nn.Module):
+    """Layers between two linears that are no layers; not all layers are equally large."""
+
+    def __init__(self, again: bool):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Layer(width) for width in (31, 31, 31, 48, 31)[:LAYERS])
+        self.again = again
+        self.requires_grad_(False)
+        for layer in self.layers:
+            layer.down.requires_grad_(True)
+            layer.up.requires_grad_(True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.again and self.training else layer(x)
+        return self.last(x)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[list[Executor]]:
+    """Two processes, each a rank of DeepSpeed's."""
+    port, spawn = free_port(), multiprocessing.get_context("spawn")
+    shared = {"WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    found = [
+        ProcessPoolExecutor(1, spawn, _begin, ({"RANK": rank, "LOCAL_RANK": rank, **shared},)) for rank in range(RANKS)
+    ]
+    yield found
+    for one in found:
+        one.shutdown()
+
+
+def _begin(names: dict[str, Any]) -> None:
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+def everywhere(ranks: list[Executor], what: Any, *args: Any) -> None:
+    for future in [one.submit(what, *args) for one in ranks]:
+        future.result(timeout=600)
+
+
+def engine(again: bool, ours: bool, ahead: bool = True, persistence: int = TRAINED * WIDTH) -> Any:
+    torch.manual_seed(0)
+    model = Model(again)
+    deepspeed.utils.set_z3_leaf_modules(model, [Layer])
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence},
+    }
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    made, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=config)
+    if ours:
+        assert gather_layers_at_once(made, ahead) == (persistence == TRAINED * WIDTH)
+    return made
+
+
+def batch(step: int) -> torch.Tensor:
+    own = torch.Generator().manual_seed(10 * step + torch.distributed.get_rank())
+    return torch.randn(4, WIDTH, generator=own).bfloat16()
+
+
+def stepped(made: Any, step: int) -> tuple[float, list[torch.Tensor]]:
+    made.train()
+    loss = (made(batch(step).requires_grad_()).float() ** 2).sum()
+    made.backward(loss)
+    made.step()
+    made.eval()
+    with torch.no_grad():
+        after = float((made(batch(99)).float() ** 2).sum())
+    trained = [value for value in made.module.parameters() if value.requires_grad]
+    return after + float(loss), [value.detach().clone() for value in trained]
+
+
+def gathered_now(made: Any) -> int:
+    """Layers whose frozen weights are whole."""
+    return sum(layer.base.weight.numel() > 0 for layer in made.module.layers)
+
+
+def same(again: bool, ahead: bool) -> None:
+    theirs, ours = engine(again, ours=False), engine(again, ours=True, ahead=ahead)
+    for step in range(5):
+        expected, found = stepped(theirs, step), stepped(ours, step)
+        assert found[0] == expected[0]
+        assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))
+        assert gathered_now(ours) == 0, "weights stay whole between steps"
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["one ahead", "none ahead"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_losses_and_what_is_learnt_are_deepspeeds_bit_for_bit(ranks: list[Executor], again: bool, ahead: bool) -> None:
+    everywhere(ranks, same, again, ahead)
+
+
+def counted(again: bool, ahead: bool) -> None:
+    made = engine(again, ours=True, ahead=ahead)
+    layers = made.optimizer.parameter_offload.get_param_coordinator().layers
+    begun: list[int] = []
+    most: list[int] = []
+    begin = layers._begin
+
+    def seen(place: int) -> Any:
+        begun.append(place)
+        found = begin(place)
+        most.append(len(layers.held))
+        return found
+
+    layers._begin = seen
+    made.train()
+    loss = (made(batch(0).requires_grad_()).float() ** 2).sum()
+    assert begun == list(range(LAYERS))
+    made.backward(loss)
+    # the last one stays for its backward pass
+    assert begun == [*range(LAYERS), *reversed(range(LAYERS - 1))]
+    assert max(most) == 1 + ahead and not layers.held
+    buffers = sum(len(each) for each in layers.free.values())
+    made.step()
+    stepped(made, 1)
+    assert buffers == sum(len(each) for each in layers.free.values()), "buffers are made anew"
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["one ahead", "none ahead"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_each_layer_is_gathered_once_forward_and_once_back(ranks: list[Executor], again: bool, ahead: bool) -> None:
+    everywhere(ranks, counted, again, ahead)
+
+
+def left_to_deepspeed() -> None:
+    made = engine(again=False, ours=True, persistence=0)  # what is trained is spread too
+    assert not hasattr(made.optimizer.parameter_offload.get_param_coordinator(), "layers")
+    assert stepped(made, 0)[0] == stepped(engine(again=False, ours=False, persistence=0), 0)[0]
+
+
+def test_layers_whose_trained_parameters_are_spread_stay_deepspeeds(ranks: list[Executor]) -> None:
+    everywhere(ranks, left_to_deepspeed)
+
+
+def gathered_by_name() -> None:
+    """What is read between steps, as checkpoints and the proof of the base do, is whole."""
+    from job.sharding import gathered
+
+    made = engine(again=False, ours=True)
+    stepped(made, 0)
+    torch.manual_seed(0)
+    expected = dict(Model(False).bfloat16().named_parameters())
+    for name, value in gathered(made.module.named_parameters()):
+        if not expected[name].requires_grad:
+            assert torch.equal(value, expected[name])
+    assert stepped(made, 1)[0] > 0 and gathered_now(made) == 0
+
+
+def test_a_parameter_can_be_gathered_by_itself_between_steps(ranks: list[Executor]) -> None:
+    everywhere(ranks, gathered_by_name)
