@@ -2,7 +2,9 @@
 
 DeepSpeed's coordinator follows every parameter of a layer through sets, queues and events, which on a fast GPU takes as
 long as the layer's forward pass. Frozen weights need little of that: which of them comes next is known, and nothing
-becomes of them. What is trained, and all that is in no decoder layer, stays DeepSpeed's.
+becomes of them. The layers' small parameters, which stay whole, DeepSpeed cuts at each step and gathers again one by
+one; here they stay, and what learns is gathered into its place by one collective. Gradients, the optimizer, and all
+that is in no decoder layer stay DeepSpeed's.
 """
 
 from collections import defaultdict
@@ -29,14 +31,16 @@ def gather_layers_at_once(engine: Any, ahead: bool = True) -> bool:
     Returns:
         Whether it does.
     """
-    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    optimizer = engine.optimizer
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
     layers = [module for module in engine.module.modules() if z3_leaf_module(module)]
     found = [layer for layer in layers if not all(value.ds_persist for value in layer.parameters())]
     if not found or not all(_takes_part(value) for layer in found for value in layer.parameters()):
         return False
-    coordinator.layers = _Layers(found, ahead)
-    kind = type(coordinator)
-    coordinator.__class__ = type(kind.__name__, (_ByLayer, kind), {"__module__": kind.__module__})
+    coordinator.layers = optimizer.layers = _Layers(found, ahead)
+    for one, before in ((coordinator, _ByLayer), (optimizer, _KeepsWhole)):
+        kind = type(one)
+        one.__class__ = type(kind.__name__, (before, kind), {"__module__": kind.__module__})
     return True
 
 
@@ -49,23 +53,41 @@ def _takes_part(parameter: Any) -> bool:
     return not parameter.requires_grad and plain and not alone
 
 
-class _Layer:
-    """A decoder layer: its parameters that stay whole, those that are gathered, and where these lie in a buffer of
-    `size` bytes: (start, stop) for each, what fills up its last rank's part included."""
+class _Together:
+    """Parameters that are gathered in one collective, and where they lie in a buffer of `size` bytes: (start, stop) for
+    each, what fills up its last rank's part included."""
 
     def __init__(self, parameters: Iterable[Any]):
-        self.whole: list[Any] = []
-        self.gathered: list[Any] = []
+        self.parameters = list(parameters)
         self.spans: list[tuple[int, int]] = []
         self.size = 0
-        for parameter in parameters:
-            if parameter.ds_persist:
-                self.whole.append(parameter)
-                continue
+        for parameter in self.parameters:
             nbytes = parameter.ds_zero_partition_world_size * parameter.ds_tensor.nbytes
-            self.gathered.append(parameter)
             self.spans.append((self.size, self.size + nbytes))
             self.size += -(-nbytes // ALIGNED) * ALIGNED
+
+    def buffer(self) -> torch.Tensor:
+        """A new one, uint8 [size]."""
+        return torch.empty(self.size, dtype=torch.uint8, device=self.parameters[0].ds_tensor.device)
+
+    def gather(self, buffer: torch.Tensor) -> Any:
+        """Begin to fill the buffer with every rank's parts."""
+        own = [parameter.ds_tensor.view(torch.uint8) for parameter in self.parameters]
+        outputs = [buffer[start:stop] for start, stop in self.spans]
+        return self.parameters[0].ds_process_group.allgather_into_tensor_coalesced(outputs, own)
+
+    def show(self, buffer: torch.Tensor) -> None:
+        """Have the parameters be what is in the buffer."""
+        for (start, stop), parameter in zip(self.spans, self.parameters, strict=True):
+            filled = buffer[start:stop].view(parameter.ds_tensor.dtype)
+            parameter.data = filled[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def let_go(self) -> None:
+        """Have the parameters be nothing."""
+        for parameter in self.parameters:
+            parameter.data = parameter.ds_tensor.new_empty(0)
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
 @dataclass
@@ -82,21 +104,26 @@ class _Layers:
     def __init__(self, modules: list[nn.Module], ahead: bool):
         self.ahead = ahead
         self.places = {module: place for place, module in enumerate(modules)}
-        self.layers = [_Layer(module.parameters()) for module in modules]
+        each: list[list[Any]] = [list(module.parameters()) for module in modules]
+        self.layers = [_Together(one for one in layer if not one.ds_persist) for layer in each]
         self.held: dict[int, _Held] = {}
         self.free: dict[int, list[torch.Tensor]] = defaultdict(list)
-        self.whole_are_here = False
+        whole = [one for layer in each for one in layer if one.ds_persist]
+        self.learns = _Together(one for one in whole if one.requires_grad)
+        self.frozen = _Together(one for one in whole if not one.requires_grad)
+        self.buffers: dict[int, torch.Tensor] = {}
 
     def fetch(self, module: nn.Module, forward: bool) -> None:
         """Have the layer's weights here, and the next one's on their way."""
-        if not self.whole_are_here:
-            self._gather_whole()
+        for whole in (self.learns, self.frozen):
+            if id(whole) not in self.buffers:
+                self.refresh(whole)
         place = self.places[module]
         held = self.held.get(place) or self._begin(place)
         if held.work is not None:
             held.work.wait()  # on a GPU it is the stream that waits
             held.work = None
-            self._show(place, held)
+            self.layers[place].show(held.buffer)
         following = place + 1 if forward and not _in_backward() else place - 1
         if self.ahead and 0 <= following < len(self.layers) and following not in self.held:
             self._begin(following)
@@ -109,27 +136,26 @@ class _Layers:
         self._let_go(place)
 
     def release_all(self) -> None:
-        """Let all go that are here or on their way."""
+        """Let all layers go that are here or on their way."""
         for place in list(self.held):
             self._let_go(place)
 
+    def refresh(self, whole: _Together) -> None:
+        """Have parameters that stay whole be what the ranks' parts are now."""
+        if not whole.parameters:
+            return
+        if id(whole) not in self.buffers:
+            self.buffers[id(whole)] = whole.buffer()
+            whole.show(self.buffers[id(whole)])
+        whole.gather(self.buffers[id(whole)]).wait()
+
     def _begin(self, place: int) -> _Held:
         layer = self.layers[place]
-        own = [parameter.ds_tensor.view(torch.uint8) for parameter in layer.gathered]
+        fitting = self.free[layer.size]
         # of a buffer that was used before, its readers are on the stream that the collective waits for
-        fitting = self.free.get(layer.size)
-        buffer = fitting.pop() if fitting else own[0].new_empty(layer.size)
-        outputs = [buffer[start:stop] for start, stop in layer.spans]
-        group = layer.gathered[0].ds_process_group
-        self.held[place] = _Held(buffer, group.allgather_into_tensor_coalesced(outputs, own))
+        buffer = fitting.pop() if fitting else layer.buffer()
+        self.held[place] = _Held(buffer, layer.gather(buffer))
         return self.held[place]
-
-    def _show(self, place: int, held: _Held) -> None:
-        layer = self.layers[place]
-        for (start, stop), parameter in zip(layer.spans, layer.gathered, strict=True):
-            filled = held.buffer[start:stop].view(parameter.ds_tensor.dtype)
-            parameter.data = filled[: parameter.ds_numel].view(parameter.ds_shape)
-            parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def _let_go(self, place: int) -> None:
         held = self.held.pop(place, None)
@@ -137,28 +163,15 @@ class _Layers:
             return
         if held.work is not None:
             held.work.wait()
-        for parameter in self.layers[place].gathered:
-            parameter.data = parameter.ds_tensor.new_empty(0)
-            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        self.layers[place].let_go()
         self.free[len(held.buffer)].append(held.buffer)
-
-    def _gather_whole(self) -> None:
-        """What stays whole was cut by the optimizer's step, or has never been here."""
-        missing = [
-            parameter
-            for layer in self.layers
-            for parameter in layer.whole
-            if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
-        ]
-        if missing:
-            missing[0].all_gather(missing)
-        self.whole_are_here = True
 
 
 class _ByLayer:
     """Before DeepSpeed's PartitionedParameterCoordinator, which never hears of the layers."""
 
     layers: _Layers
+    rest: "_Rest | None" = None
 
     def trace_prologue(self, sub_module: nn.Module) -> None:
         if sub_module not in self.layers.places:
@@ -187,8 +200,38 @@ class _ByLayer:
 
     def release_and_reset_all(self, module: nn.Module) -> None:
         self.layers.release_all()
-        self.layers.whole_are_here = False
-        super().release_and_reset_all(module)  # type: ignore[misc]
+        if self.rest is None:
+            self.rest = _Rest(module, self.layers)
+        super().release_and_reset_all(self.rest)  # type: ignore[misc]
+
+
+class _KeepsWhole:
+    """Before DeepSpeed's optimizer of stage 3."""
+
+    layers: _Layers
+
+    def _partition_all_parameters(self: Any) -> None:
+        # DeepSpeed's own looks behind it whether nothing at all is whole
+        self.parameter_offload.get_param_coordinator().release_and_reset_all(self.module)
+
+    def _post_step(self, timer_names: Any) -> None:
+        self.layers.refresh(self.layers.learns)
+        super()._post_step(timer_names)  # type: ignore[misc]
+
+
+class _Rest:
+    """The parameters of a module that are in no layer, as DeepSpeed asks a module for its parameters."""
+
+    def __init__(self, module: Any, layers: _Layers):
+        ours = {id(one) for layer in layers.places for one in layer.parameters()}
+        self.external = module.ds_external_parameters
+        self.named = [(name, value) for name, value in module.named_parameters() if id(value) not in ours]
+
+    def named_parameters(self, recurse: bool = True) -> list[tuple[str, Any]]:
+        return self.named
+
+    def ds_external_parameters(self) -> Any:
+        return self.external()
 
 
 def _in_backward() -> bool:

@@ -63,7 +63,7 @@ def same(one: Path, other: Path) -> bool:
         (1, {}),
         (2, {"parallel": {"strategy": "replicate"}}),
         (2, {"parallel": {"strategy": "zero2"}}),
-        (2, {"parallel": {"strategy": "zero3"}}),
+        (2, {"parallel": {"strategy": "zero3", "persistence": 700}}),
         (2, {"parallel": {"strategy": "zero3"}, "train": {"optimizer": "adamw_8bit", "precision": "bf16"}}),
         (1, {"train": {"optimizer": "adamw_8bit"}, "lora": {"rank": 16, "dropout": 0.1}}),
         (2, {"parallel": {"strategy": "zero3", "offload_optimizer": "cpu", "offload_parameters": "cpu"}}),

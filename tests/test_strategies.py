@@ -70,6 +70,8 @@ def test_losses_are_those_of_one_process(
     batch = 10 if ranks == 5 else 12
     if (precision, batch) not in known:
         known[precision, batch] = run(1, 1, batch, precision, "none")
-    sharded = {"persistence": 0} if strategy in ("zero3", "hpz") else {}
+    # up to 700 adapters stay whole, and layers are gathered at once; with 0 all that is gathered is DeepSpeed's
+    small = {"zero3": 700 if recompute == "full" else 0, "hpz": 0}
+    sharded = {"persistence": small[strategy]} if strategy in small else {}
     found = run(ranks, per_node, batch, precision, recompute, strategy=strategy, **sharded)
     assert found == pytest.approx(known[precision, batch], rel=1e-5 if precision == "fp32" else 2e-3)
