@@ -5,8 +5,8 @@
 Rows are documentation of Python's standard library: a function's head is the instruction, its docstring the answer;
 rows of evaluation come from modules that no training row is of. Layers' inputs and gradients are those of the model on
 such rows, in the type of its weights. Every run is a process of its own, in bf16 and in FP8 of the same seeds: FP8 does
-no harm where the two differ by less than seeds do. Where there are no FP8 units torch computes the same products on
-the CPU, slowly. Results with date and hardware: bench/RESULTS.md.
+no harm where the two differ, seed by seed, by less than seeds do. Where there are no FP8 units torch computes the same
+products on the CPU, slowly. Results with date and hardware: bench/RESULTS.md.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def documented() -> Iterator[tuple[str, str, str]]:
     """Module, head and docstring of the functions and classes in the standard library of this Python."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted([*library.glob("*.py"), *library.glob("[a-z]*/*.py")]):
-        if "test" in path.parts[-2] or path.parts[-2] == "idlelib":
+        if "test" in path.parts[-2] or path.parts[-2] in ("idlelib", "site-packages", "dist-packages"):
             continue
         module = ".".join(path.relative_to(library).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -132,7 +133,7 @@ def train(config: Path) -> None:
 
 def evaluated(asked: argparse.Namespace, rows: tuple[Path, Path], way: str, seed: int) -> list[float]:
     """Evaluation losses of one run: before it, and after its steps."""
-    output = asked.work / f"{way}-{seed}"
+    output = Path(tempfile.mkdtemp(dir=asked.work)) / "out"
     values = {
         "model": {"name": str(asked.model.resolve())},
         "data": {"train": str(rows[0]), "max_length": asked.max_length},
@@ -187,9 +188,9 @@ def main() -> None:
             before, *_, after = evaluated(asked, rows, way, seed)
             last[way].append(after)
             print(json.dumps({"base_compute": way, "seed": seed, "before": before, "after": after}), flush=True)
-    spread = max(last["bf16"]) - min(last["bf16"])
-    apart = statistics.mean(last["fp8"]) - statistics.mean(last["bf16"])
-    print(json.dumps({"fp8 minus bf16, mean": round(apart, 4), "spread of bf16's seeds": round(spread, 4)}))
+    apart = [round(fp8 - bf16, 4) for fp8, bf16 in zip(last["fp8"], last["bf16"], strict=True)]
+    spread = round(max(last["bf16"]) - min(last["bf16"]), 4)
+    print(json.dumps({"fp8 minus bf16, by seed": apart, "largest minus smallest of bf16's seeds": spread}))
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def measure_peer(
     stack: str, model: Path, length: int, micro: int, recompute: str, rows: Path | None = None
 ) -> dict[str, float]:
     """The figures of another stack; what it wrote last, where it failed."""
-    words = [sys.executable, "-m", "bench.peers", stack, str(model), str(length), str(micro), recompute]
-    words += [str(rows)] if rows else []
+    words = [sys.executable, "-m", "bench.peers", stack, str(model.resolve()), str(length), str(micro), recompute]
+    words += [str(rows.resolve())] if rows else []
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

@@ -96,9 +96,9 @@ class Job:
     max_live: int = 400_000_000
     """Stored elements that may stay gathered, those fetched ahead included."""
     layer_gathers: bool = True
-    """Whether zero3's layers are gathered in one step, one ahead of use unless `prefetch` is 0."""
-    prefetch: int = 1
-    """Stored elements that may be gathered ahead."""
+    """Whether zero3's layers are gathered in one step, where adapters stay whole."""
+    gathers_ahead: bool = True
+    """Whether the next of these is gathered while one computes."""
     storage_bytes: int = 1
     """Bytes of a stored element of the 4-bit base."""
     evaluation_micro_batch: int = 1

@@ -54,8 +54,8 @@ class Engine:
             model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
         )
         step_all_at_once(self.inner.optimizer)
-        if plan.zero.strategy == "zero3" and plan.zero.layer_gathers:
-            gather_layers_at_once(self.inner, ahead=plan.zero.prefetch > 0)
+        if plan.zero.gathers_layers:
+            gather_layers_at_once(self.inner, plan.zero.gathers_ahead)
         self.model, self.places, self.world, self.device = model, places, world, self.inner.device
         names = {id(value): name for name, value in model.named_parameters()}
         self.trained = Trained(self.inner, names, plan.zero.shards_base, world.rank)

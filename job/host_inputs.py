@@ -4,14 +4,18 @@ What recomputation keeps is read once and in the opposite order: while a layer i
 before is on its way back. torch's own `save_on_cpu` copies too, and has the GPU wait for each copy.
 """
 
+import math
 import weakref
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+HELD = 2
+"""Tensors on their way to the host that still take memory of the GPU."""
 
 
 @dataclass(eq=False)
@@ -19,19 +23,27 @@ class _Away:
     """A tensor that is in host memory.
 
     Attributes:
-        device: where it came from.
+        buffer: uint8, of which the first bytes are the tensor's.
+        shape: the tensor's, and so are `dtype` and `device`.
         before: what was sent away before it, which is wanted back after it.
         back: the tensor on its device again, or on its way.
     """
 
-    host: torch.Tensor
+    buffer: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
     device: torch.device
     before: "weakref.ref[_Away] | None"
     back: torch.Tensor | None = None
 
+    @property
+    def host(self) -> torch.Tensor:
+        """The tensor in host memory."""
+        return self.buffer[: self.shape.numel() * self.dtype.itemsize].view(self.dtype).view(self.shape)
+
 
 class HostInputs:
-    """Sends away what autograd saves under `away()`; buffers stay for the next pass.
+    """Sends away what autograd saves under `away()`; buffers stay for the next pass, which may be of other lengths.
 
     Args:
         leaves: whether a tensor goes; all that is on a GPU does.
@@ -39,7 +51,9 @@ class HostInputs:
 
     def __init__(self, leaves: Callable[[torch.Tensor], bool] = lambda tensor: tensor.is_cuda):
         self.leaves = leaves
-        self.free: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        self.free: list[torch.Tensor] = []
+        self.largest = 1
+        self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self.latest: weakref.ref[_Away] | None = None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -50,21 +64,19 @@ class HostInputs:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Away:
         if not self.leaves(tensor):
             return tensor
-        key = (tensor.shape, tensor.dtype)
-        host = self.free[key].pop() if self.free[key] else None
-        if host is None:
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        with self._beside(tensor.device):
-            host.copy_(tensor, non_blocking=True)
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))  # or its memory would be given away
-        found = _Away(host, tensor.device, self.latest)
+        found = _Away(self._buffer(tensor), tensor.shape, tensor.dtype, tensor.device, self.latest)
+        with self._beside(tensor.device) as stream:
+            found.host.copy_(tensor, non_blocking=True)
+        if stream is not None:
+            self.leaving.append((tensor, stream.record_event()))
+            self._let_go(HELD)
         self.latest = weakref.ref(found)
         return found
 
     def _unpack(self, packed: torch.Tensor | _Away) -> torch.Tensor:
         if not isinstance(packed, _Away):
             return packed
+        self._let_go(0)
         value = self._on_the_way_back(packed)
         if value.is_cuda:
             torch.cuda.current_stream(value.device).wait_stream(self.streams[value.device])
@@ -73,22 +85,42 @@ class HostInputs:
             self._on_the_way_back(before)
         return value
 
+    def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Host memory of at least the tensor's bytes. torch pins powers of two; rows of other lengths fit into them."""
+        for place, buffer in enumerate(self.free):
+            if len(buffer) >= tensor.nbytes:
+                return self.free.pop(place)
+        if self.free:
+            self.free.pop()  # a larger one takes its place
+        self.largest = max(self.largest, 2 ** math.ceil(math.log2(max(tensor.nbytes, 1))))
+        return torch.empty(self.largest, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+
     def _on_the_way_back(self, packed: _Away) -> torch.Tensor:
         """The tensor on its device; the copy is begun, and on a GPU not waited for."""
         if packed.back is None:
-            packed.back = torch.empty_like(packed.host, device=packed.device)
+            packed.back = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
             with self._beside(packed.device):
                 packed.back.copy_(packed.host, non_blocking=True)
             # the next that fills the buffer is behind this copy, on the same stream
-            self.free[packed.host.shape, packed.host.dtype].append(packed.host)
+            self.free.append(packed.buffer)
         return packed.back
 
-    def _beside(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The stream of copies, behind all that was begun until now."""
+    def _let_go(self, held: int) -> None:
+        """Give up tensors that are being copied but for so many: their memory is free once the GPU has copied them,
+        which the stream that takes it next waits for."""
+        while len(self.leaving) > held:
+            tensor, copied = self.leaving.popleft()
+            torch.cuda.current_stream(tensor.device).wait_event(copied)
+
+    @contextmanager
+    def _beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+        """The stream of copies, behind all that was begun until now; None without a GPU."""
         if device.type != "cuda":
-            return nullcontext()
+            yield None
+            return
         if device not in self.streams:
             self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self.streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(stream)
+        with torch.cuda.stream(stream):
+            yield stream

@@ -7,7 +7,6 @@ one; here they stay, and what learns is gathered into its place by one collectiv
 that is in no decoder layer stay DeepSpeed's.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +32,12 @@ def gather_layers_at_once(engine: Any, ahead: bool = True) -> bool:
     """
     optimizer = engine.optimizer
     coordinator = optimizer.parameter_offload.get_param_coordinator()
-    layers = [module for module in engine.module.modules() if z3_leaf_module(module)]
+    # a unit inside a unit has no hooks of DeepSpeed's, and no number
+    layers = [module for module in engine.module.modules() if z3_leaf_module(module) and hasattr(module, "ds_id")]
     found = [layer for layer in layers if not all(value.ds_persist for value in layer.parameters())]
-    if not found or not all(_takes_part(value) for layer in found for value in layer.parameters()):
+    parameters = [value for layer in found for value in layer.parameters()]
+    shared = len({id(value) for value in parameters}) < len(parameters)
+    if not found or shared or not all(map(_takes_part, parameters)):
         return False
     coordinator.layers = optimizer.layers = _Layers(found, ahead)
     for one, before in ((coordinator, _ByLayer), (optimizer, _KeepsWhole)):
@@ -48,7 +50,8 @@ def _takes_part(parameter: Any) -> bool:
     if parameter.ds_persist:
         return True
     own = parameter.ds_tensor
-    plain = parameter.ds_secondary_tensor is None and own.final_location is None
+    here = own.final_location is None and own.device.type == parameter.device.type
+    plain = parameter.ds_secondary_tensor is None and here
     alone = torch.distributed.get_world_size(parameter.ds_process_group) == 1
     return not parameter.requires_grad and plain and not alone
 
@@ -107,7 +110,6 @@ class _Layers:
         each: list[list[Any]] = [list(module.parameters()) for module in modules]
         self.layers = [_Together(one for one in layer if not one.ds_persist) for layer in each]
         self.held: dict[int, _Held] = {}
-        self.free: dict[int, list[torch.Tensor]] = defaultdict(list)
         whole = [one for layer in each for one in layer if one.ds_persist]
         self.learns = _Together(one for one in whole if one.requires_grad)
         self.frozen = _Together(one for one in whole if not one.requires_grad)
@@ -151,9 +153,9 @@ class _Layers:
 
     def _begin(self, place: int) -> _Held:
         layer = self.layers[place]
-        fitting = self.free[layer.size]
-        # of a buffer that was used before, its readers are on the stream that the collective waits for
-        buffer = fitting.pop() if fitting else layer.buffer()
+        # made anew and not kept for reuse: autograd may hold a view of it. What read the memory before is on the stream
+        # that the collective waits for
+        buffer = layer.buffer()
         self.held[place] = _Held(buffer, layer.gather(buffer))
         return self.held[place]
 
@@ -164,7 +166,6 @@ class _Layers:
         if held.work is not None:
             held.work.wait()
         self.layers[place].let_go()
-        self.free[len(held.buffer)].append(held.buffer)
 
 
 class _ByLayer:

@@ -162,17 +162,28 @@ def _base(shape: Shape, job: Job) -> list[Item]:
 
 
 def _gathered(shape: Shape, job: Job) -> float:
-    """Bytes of weights that are whole at once. Of layers that are gathered at once it is two, or one where none is
-    gathered ahead, and the largest kept tensor beside them; otherwise as many as may live, at least one layer or that
-    tensor, at most all. What is fetched ahead counts towards the limit (DeepSpeed's partitioned_param_coordinator.py).
-    """
+    """Bytes of weights that are whole at once: two layers, or one where none is ahead, and the largest kept tensor, or
+    two; left to DeepSpeed as many as may live, what is ahead of use included, at least one of these, at most all."""
     width = _stored_width(job)
     limit = job.max_live * (job.storage_bytes if width < 1 else job.item)
     layer = width * shape.layer_quantized + job.item * (shape.layer - shape.layer_quantized)
-    if job.layer_gathers and job.strategy == "zero3" and job.offload_parameters == "none":
-        return min(1 + bool(job.prefetch), shape.layers) * layer + job.item * shape.largest_kept
+    if gathers_layers(shape, job):
+        both = min(shape.kept, 2 * shape.largest_kept)  # embedding and head, where DeepSpeed lets both live
+        beside = both if both <= job.max_live else shape.largest_kept
+        return min(1 + job.gathers_ahead, shape.layers) * layer + job.item * beside
     needed = max(layer, job.item * shape.largest_kept)
     return min(width * shape.quantized + job.item * shape.kept, max(limit, needed))
+
+
+def gathers_layers(shape: Shape, job: Job) -> bool:
+    """Whether `job.layer_gathers` takes the layers: DeepSpeed keeps them where an adapter's tensor is cut too."""
+    plain = job.strategy == "zero3" and job.offload_parameters == "none" and job.ranks > 1
+    return job.layer_gathers and plain and largest_trained(shape, job) <= job.persistence
+
+
+def largest_trained(shape: Shape, job: Job) -> int:
+    """Elements of the adapter's largest tensor."""
+    return max(_adapter(shape, job), default=0)
 
 
 def _stored_width(job: Job) -> float:
@@ -181,11 +192,10 @@ def _stored_width(job: Job) -> float:
 
 
 def _scale_bytes(shape: Shape, job: Job) -> float:
-    if job.quantization == "none":
-        return 0.0
     if job.quantization == "int8":  # one fp32 a row
         return 4.0 * sum(linear.outputs * linear.count for linear in shape.linears)
-    return shape.quantized * (NESTED_BITS if job.double_quant else BLOCK_BITS) / 8
+    bits = 0.0 if job.quantization == "none" else NESTED_BITS if job.double_quant else BLOCK_BITS
+    return shape.quantized * bits / 8
 
 
 def trained_elements(

@@ -18,7 +18,7 @@ from job.faults import (
     value_faults,
 )
 from job.fit import choose, fits, keeps_activations, keeps_values
-from job.memory import Memory, memory
+from job.memory import Memory, gathers_layers, largest_trained, memory
 from job.own_deepspeed import adopt, contradictions, merged, read_own
 from job.shape import Shape
 from job.world import Hardware, World
@@ -126,6 +126,7 @@ def make_plan(
     zero = make_zero(config, "replicate", world.ranks_per_node, STORAGE_BYTES[storage])
     need = _Need(config, world, hardware, precision, zero, STORAGE_BYTES[storage], shape)
     strategy, reason = need.strategy(faults)
+    notes += need.notes(strategy)
     faults += zero_faults(config, strategy, world) + value_faults(config, STAGE[strategy] == 3)
     wanted = config.quantization.compute_dtype
     plan = Plan(
@@ -196,7 +197,7 @@ class _Need:
             overlap_comm=zero.overlap_comm,
             contiguous_gradients=zero.contiguous_gradients,
             layer_gathers=zero.layer_gathers,
-            prefetch=zero.prefetch,
+            gathers_ahead=zero.gathers_ahead,
             persistence=zero.persistence,
             max_live=zero.max_live,
             storage_bytes=self.storage_bytes,
@@ -215,6 +216,19 @@ class _Need:
         if may and STAGE[strategy] != 3 and keeps_values(self.shape, job, gib):
             job = replace(job, values_kept=True)
         return job
+
+    def notes(self, strategy: Strategy) -> list[str]:
+        """What makes a strategy slower than it could be."""
+        job = replace(self.job, strategy=strategy)
+        if self.shape is None or job.ranks == 1 or not replace(self.zero, strategy=strategy).gathers_layers:
+            return []
+        if gathers_layers(self.shape, job):
+            return []
+        most = largest_trained(self.shape, job)
+        return [
+            f"the adapter has a tensor of {most:,} elements, more than stay whole: DeepSpeed gathers layers its own, "
+            f"slower way. Set parallel.persistence: {most} if it fits"
+        ]
 
     def memory(self, strategy: Strategy) -> Memory | None:
         """The memory of a rank under a strategy."""

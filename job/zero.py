@@ -43,6 +43,16 @@ class Zero:
     contiguous_gradients: bool | None
 
     @property
+    def gathers_layers(self) -> bool:
+        """Whether layers of a sharded base are gathered in one collective each (`job.layer_gathers`)."""
+        return self.strategy == "zero3" and self.layer_gathers and self.offload_parameters == "none"
+
+    @property
+    def gathers_ahead(self) -> bool:
+        """Whether the next of these layers is gathered while one computes."""
+        return self.prefetch > 0 and self.overlap_comm
+
+    @property
     def shards_base(self) -> bool:
         """Whether a rank holds only its part of the base."""
         return STAGE[self.strategy] == 3

@@ -244,6 +244,18 @@ def test_activations_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> Non
     assert with_memory(room + 0.01, "parallel.strategy=replicate").recompute == "none"
 
 
+def test_adapters_too_large_to_stay_whole_are_told_what_they_cost() -> None:
+    def notes(*overrides: str) -> str:
+        config = parse_config(LEAST, ["parallel.strategy=zero3", "train.global_batch_size=8", *overrides])
+        return "\n".join(make_plan(config, World(0, 8), H200, "llama", LLAMA_7B).notes)
+
+    told = "more than stay whole: DeepSpeed gathers layers its own, slower way. Set parallel.persistence: 1409024"
+    assert told in notes("lora.rank=128")
+    for fine in ("lora.rank=64", "parallel.layer_gathers=false", "parallel.strategy=zero2"):
+        assert "gathers layers" not in notes(fine if "rank" in fine else "lora.rank=128", fine)
+    assert "gathers layers" not in notes("lora.rank=128", "parallel.persistence=1409024")
+
+
 def test_inputs_go_to_the_host_where_layers_are_computed_again() -> None:
     away = "train.offload_activations=true"
     assert with_memory(140, away, "train.recompute=full").inputs_on_host
