@@ -171,8 +171,7 @@ def _gathered(shape: Shape, job: Job) -> float:
         both = min(shape.kept, 2 * shape.largest_kept)  # embedding and head, where DeepSpeed lets both live
         beside = both if both <= job.max_live else shape.largest_kept
         return min(1 + job.gathers_ahead, shape.layers) * layer + job.item * beside
-    needed = max(layer, job.item * shape.largest_kept)
-    return min(width * shape.quantized + job.item * shape.kept, max(limit, needed))
+    return min(width * shape.quantized + job.item * shape.kept, max(limit, layer, job.item * shape.largest_kept))
 
 
 def gathers_layers(shape: Shape, job: Job) -> bool:

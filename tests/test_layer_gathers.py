@@ -30,7 +30,9 @@ class Layer(nn.Module):
         self.down, self.up = nn.Linear(WIDTH, TRAINED, bias=False), nn.Linear(TRAINED, WIDTH, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.back(torch.tanh(self.base(self.norm(x)))) + self.up(self.down(x)))
+        wide = torch.tanh(self.base(self.norm(x)))
+        # autograd keeps a view of this weight; for linears DeepSpeed has a function of its own that does not
+        return x + torch.tanh(wide @ self.back.weight.t() + self.up(self.down(x)))
 
 
 class Model(nn.Module):
