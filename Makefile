@@ -8,9 +8,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c 
 MODEL := models/SmolLM2-135M-Instruct
 DEMO := configs/smollm2-135m-demo.yaml
 
-# files side by side, since most of a test is one process after another
+# files side by side, since most of a test is one process after another; in the order of their names, or those of few
+# tests, which are the longest, would all come last
 JOBS ?= 2
-PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 VARIANT ?= cuda
 BASE_IMAGE ?= debian:bookworm-slim
