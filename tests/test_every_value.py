@@ -142,6 +142,7 @@ SHARDED: list[Sections] = [
     {"parallel": {"persistence": 4096}},
     {"parallel": {"persistence": 700}},
     {"parallel": {"persistence": 700, "layer_gathers": False}},
+    {"parallel": {"persistence": 700, "offload_optimizer": "cpu"}},
     {"parallel": {"persistence": 700, "prefetch": 0}, "train": {"recompute": "full"}},
     # plain products, of which autograd keeps a view of the gathered weight
     {"parallel": {"persistence": 700}, "quantization": {"type": "none"}, "lora": {"targets": ["q_proj", "v_proj"]}},
