@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores w
 # that all others wait for, and another checkout compiles the same files anew; by few, for the sake of other tests
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
 os.environ.setdefault("MAX_JOBS", "2")
+os.environ.setdefault("CXX", str(Path(__file__).parents[1] / "images/portable-c++"))  # as in the image, without symbols
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which bitsandbytes does
 os.environ["HF_HUB_OFFLINE"] = "1"
