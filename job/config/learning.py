@@ -244,8 +244,7 @@ class Train(Section):
     optimizer: Fixed[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]] = "adamw"
     """adamw is torch's; the others are bitsandbytes', with 8-bit moments, or pages that may leave the GPU. Fixed."""
     offload_activations: Free[bool] = False
-    """Keep what recompute full keeps, each layer's input, in pinned host memory, copied while layers compute; off
-    (false) is the GPU. Free."""
+    """Keep layers' inputs, which recompute full keeps, in pinned host memory; off (false) is the GPU. Free."""
     recompute: Free[Literal["auto", "none", "full"]] = "auto"
     """full computes activations again in the backward pass, layer by layer: less memory, about a third more work. auto
     is none where the plan says that a GPU holds all of them with room to spare, else full; off is none. Free."""
