@@ -109,22 +109,33 @@ def measure(
     config.write_text(json.dumps(values))  # JSON is YAML
     begun = time.time()
     words = [sys.executable, "-m", "job", "train", str(config), *overrides]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    said = output.with_name("said.txt")
+    with said.open("w") as file:
+        run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=file, env=environment)
+        first_step = _first_written(output / "metrics.jsonl", run) - begun
+    if run.wait():
+        raise SystemExit(said.read_text())
     seconds = time.time() - begun
-    read = re.search(r"base: ([\d.]+) of ([\d.]+) GB read by this rank, .* in ([\d.]+) s", done.stderr)
-    assert read, done.stderr
+    read = re.search(r"base: ([\d.]+) of ([\d.]+) GB read by this rank, .* in ([\d.]+) s", said.read_text())
+    assert read, said.read_text()
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     stepping = sum(row["tokens"] / row["tokens_per_s"] for row in found)
     return {
         "tokens_per_s": round(statistics.median(row["tokens_per_s"] for row in found[3:])),
         "peak_gib": found[-1]["memory_gib"],
         "loss": round(found[-1]["loss"], 4),
+        "first_step_s": round(first_step, 1),
         "besides_steps_s": round(seconds - stepping, 1),
         "read_gb": float(read[1]),
         "read_s": float(read[3]),
     }
+
+
+def _first_written(metrics: Path, run: subprocess.Popen[bytes]) -> float:
+    """When the first step's row was there, or the run had ended."""
+    while not (metrics.exists() and metrics.stat().st_size) and run.poll() is None:
+        time.sleep(0.05)
+    return time.time()
 
 
 def measure_peer(

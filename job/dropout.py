@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from job.sending import sent
+
 if torch.cuda.is_available():
     from job.kernels.dropout import drop_on_gpu
 
@@ -31,7 +33,7 @@ class Places:
         keys = _mix(
             _mix(_mix(np.uint64(self.seed), np.uint64(step)), rows.astype(np.uint64)), positions.astype(np.uint64)
         )
-        self.keys = torch.from_numpy(_as_int32(keys)).to(device)
+        self.keys = sent(_as_int32(keys), device)
 
 
 class RowDropout(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from job.dropout import Places
 from job.layer_gathers import gather_layers_at_once
 from job.loss_head import LossHead
 from job.plan import Plan
+from job.row_attention import Rows
 from job.saved import SCALER
+from job.sending import sent
 from job.sharding import gathered
 from job.state import Trained
 from job.world import World
@@ -41,12 +44,13 @@ class Engine:
     Args:
         model: the peft model; only what requires gradients is trained.
         places: told where the tokens of each micro-batch stand, for dropout.
+        rows: told where its rows begin, for attention; None where that takes a mask.
         plan: precision and batches.
         train: optimizer settings.
         world: this rank among its peers; the process group is open.
     """
 
-    def __init__(self, model: Any, places: Places, plan: Plan, train: Train, world: World):
+    def __init__(self, model: Any, places: Places, rows: Rows | None, plan: Plan, train: Train, world: World):
         if plan.zero.shards_base:
             _gather_by_layer(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -56,7 +60,8 @@ class Engine:
         step_all_at_once(self.inner.optimizer)
         if plan.zero.gathers_layers:
             gather_layers_at_once(self.inner, plan.zero.gathers_ahead)
-        self.model, self.places, self.world, self.device = model, places, world, self.inner.device
+        self.model, self.places, self.rows = model, places, rows
+        self.world, self.device = world, self.inner.device
         names = {id(value): name for name, value in model.named_parameters()}
         self.trained = Trained(self.inner, names, plan.zero.shards_base, world.rank)
         base = model.get_base_model()
@@ -127,6 +132,8 @@ class Engine:
     def logits(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] in evaluation mode; every rank calls."""
         self.inner.eval()
+        if self.rows is not None:
+            self.rows.move(positions_BT.numpy(), self.device)
         # neither a mask nor a cache: with either, transformers 5 lets packed rows see each other
         ids, positions = ids_BT.to(self.device), positions_BT.to(self.device)
         logits: torch.Tensor = self.inner(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -134,13 +141,13 @@ class Engine:
 
     def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the learnt tokens, fp32; logits are made for learnt positions only."""
-        ids = torch.from_numpy(micro_batch.ids).long().to(self.device)
-        positions = torch.from_numpy(micro_batch.positions).long().to(self.device)
-        targets = torch.from_numpy(micro_batch.targets).long().to(self.device)
+        if self.rows is not None:
+            self.rows.move(micro_batch.positions, self.device)
+        ids, positions, targets = map(self._sent, (micro_batch.ids, micro_batch.positions, micro_batch.targets))
         kept: dict[str, Any] = {}
         if self.keeps_logits:
-            used = (targets != IGNORED).any(dim=0).nonzero().flatten()
-            used = used if used.numel() else torch.zeros(1, dtype=torch.long, device=self.device)
+            learnt = np.flatnonzero((micro_batch.targets != IGNORED).any(axis=0))
+            used = self._sent(learnt if learnt.size else np.zeros(1))
             targets, kept = targets[:, used], {"logits_to_keep": used}
         # neither a mask nor a cache: with either, transformers 5 lets packed rows see each other
         if self.head is None:
@@ -149,6 +156,9 @@ class Engine:
         with self.head.told(targets, IGNORED):
             loss: torch.Tensor = self.inner(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits
         return loss.squeeze()
+
+    def _sent(self, numbers: np.ndarray) -> torch.Tensor:
+        return sent(numbers.astype(np.int64), self.device)
 
     @torch.no_grad()
     def _proven_head(self) -> LossHead | None:

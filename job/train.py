@@ -34,6 +34,7 @@ from job.published import shape_of
 from job.recompute import recompute_activations
 from job.record import Record, metric_sinks, recorded
 from job.resume import go_on
+from job.row_attention import Rows, attend_by_rows, has_kernel
 from job.run_folder import RunFolder
 from job.saved import seed_random
 from job.saving import Saver
@@ -104,8 +105,8 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
         data.keep(say)
         seed_random(config.train.seed, world.rank)
         receipts = fill(skeleton, wanted, checkpoint, config, plan, world, say)
-        model, places = _adapted(skeleton, config, plan)
-        engine = Engine(model, places, plan, config.train, world)
+        model, places, rows = _adapted(skeleton, config, plan)
+        engine = Engine(model, places, rows, plan, config.train, world)
         receipts.prove(engine.base())
         if config.data.packing:
             refuse_leaking_packs(engine.logits, type(skeleton).__name__)
@@ -120,14 +121,16 @@ def train(config: RunConfig, world: World, say: Say = print) -> Outcome:
     return _outcome(record.progress, run, plain_peft_note(config.model, files), say)
 
 
-def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places]:
-    """The filled base with an adapter on it, as training calls it; and the places that dropout reads."""
+def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places, Rows | None]:
+    """The filled base with an adapter on it, as training calls it; the places that dropout reads, and the rows that
+    attention reads where it takes no mask."""
     model, places = add_adapter(base, config.lora, config.train.seed, base_name(config.model), DTYPE[plan.precision])
     if config.train.fused:
         in_one_step(model, config.train.base_compute == "fp8", values_kept=plan.dequantize == "once")
     if plan.recompute == "full":
         recompute_activations(model, HostInputs() if plan.inputs_on_host else None)
-    return model, places
+    by_rows = config.model.attention == "auto" and has_kernel(plan.precision)
+    return model, places, attend_by_rows(model) if by_rows else None
 
 
 def _say_all(lines: Iterable[str], say: Say) -> None:

@@ -1,0 +1,140 @@
+"""Attention of packed rows by where they begin is that with a mask, wherever it is taken."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from job import row_attention
+from job.row_attention import Rows, attend_by_rows
+from tests.native_models import CONFIGS, GATED
+
+TAKEN = {
+    *("Llama 2", "Llama 3.2", "Mixtral", "OLMoE", "Qwen2.5", "Qwen3", "Qwen2-MoE", "Qwen3-MoE", "Gemma", "Phi-4"),
+    *("GLM-4 (2024)", "GLM-4 (2025)", "Phi-4-mini"),
+}
+LENGTHS = ((5, 20, 7), (12, 1, 19))
+POSITIONS = np.array([[place for length in row for place in range(length)] for row in LENGTHS])
+IDS = torch.randint(3, 512, POSITIONS.shape, generator=torch.Generator().manual_seed(3))
+
+
+def attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begins: torch.Tensor, same: torch.Tensor,
+    longest: int, as_long: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """What torch documents of varlen_attn, row by row: it has kernels for GPUs alone."""
+    assert same is begins and longest == as_long == int(begins.diff().max()) and window_size == (-1, 0)
+    assert begins.dtype == torch.int32 and begins[0] == 0 and begins[-1] == len(query) == len(key)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    rows = []
+    for begin, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        q, k, v = (one[begin:end].transpose(0, 1)[None] for one in (query, key, value))
+        k, v = (repeat_kv(one, q.shape[1] // k.shape[1]) for one in (k, v))
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        rows.append(found[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+def learnt(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of packed rows, and the gradient of the embedding."""
+    embedding = model.get_input_embeddings().weight
+    embedding.grad = None
+    logits = model(input_ids=IDS, position_ids=torch.from_numpy(POSITIONS), use_cache=False).logits
+    logits.square().mean().backward()
+    return logits.detach(), embedding.grad
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As there: torch's function, which has no kernel here, written out."""
+    monkeypatch.setattr(row_attention, "varlen_attn", attended)
+
+
+def of(config: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_values_and_gradients_are_those_with_a_mask(family: str) -> None:
+    model = of(CONFIGS[family])
+    expected = learnt(model)
+    rows = attend_by_rows(model)
+    assert (rows is not None) == (family in TAKEN)
+    if rows is not None:
+        rows.move(POSITIONS, "cpu")
+        for found, wanted in zip(learnt(model), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_keys_are_repeated_where_torch_does_not_group_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = of(CONFIGS["Llama 2"])
+    expected, _ = learnt(model)
+    rows = attend_by_rows(model)
+    assert rows is not None
+    rows.move(POSITIONS, "cpu")
+    monkeypatch.setattr(row_attention, "GROUPED", None)
+    torch.testing.assert_close(learnt(model)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_mask_is_made_and_a_row_a_sequence_takes_torchs_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = of(CONFIGS["Llama 2"])
+    rows = attend_by_rows(model)
+    assert rows is not None
+    positions = np.tile(np.arange(32), (2, 1))
+    rows.move(positions, "cpu")
+    assert rows.begins is None  # else the kernel would be asked for, which fails here
+    masks = []
+
+    def plain(module: Any, query: torch.Tensor, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+        masks.append(mask)
+        return query, None
+
+    monkeypatch.setattr(row_attention, "sdpa_attention_forward", plain)
+    model(input_ids=IDS, position_ids=torch.from_numpy(positions), use_cache=False)
+    assert masks == [None, None]
+
+
+def test_padding_is_a_row_and_so_is_a_single_token() -> None:
+    rows = Rows()
+    rows.move(POSITIONS, "cpu")
+    assert rows.begins is not None
+    assert rows.begins.tolist() == [0, 5, 25, 32, 44, 45, 64]
+    assert rows.longest == 20
+    rows.move(np.zeros((1, 1), np.int64), "cpu")
+    assert rows.begins is None
+
+
+def test_tokens_that_were_not_told_are_refused() -> None:
+    model = of(CONFIGS["Llama 2"])
+    rows = attend_by_rows(model)
+    assert rows is not None
+    rows.move(POSITIONS[:, :-1], "cpu")
+    with pytest.raises(RuntimeError, match=r"rows of \(2, 31\) were told, attention got \(2, 32\)"):
+        learnt(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MistralConfig(**GATED, sliding_window=16),
+        transformers.Qwen2Config(**GATED, use_sliding_window=True, sliding_window=16, max_window_layers=0),
+        transformers.LlamaConfig(**GATED, head_dim=12),
+        transformers.LlamaConfig(**GATED, attn_implementation="eager"),
+        transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=512),
+        transformers.GPTJConfig(vocab_size=512, n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
+    ],
+    ids=["windows", "windows in some layers", "odd heads", "written out", "alibi", "attention of its own"],
+)
+def test_other_attention_stays_as_it_is(config: Any) -> None:
+    assert attend_by_rows(of(config)) is None
+
+
+def test_a_mistral_without_windows_is_taken() -> None:
+    assert attend_by_rows(of(transformers.MistralConfig(**GATED, sliding_window=None))) is not None
