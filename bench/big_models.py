@@ -1,6 +1,6 @@
 """Models that no disk here holds, under ZeRO-3 on the GPUs of one host: random weights from a synthetic source.
 
-    python bench/big_models.py MODEL GPUS [--micro N] [--fp8] [--work FOLDER]
+    python bench/big_models.py MODEL GPUS [--micro N] [--steps N] [--compute bf16 fp8] [--set KEY=VALUE...]
 
 MODEL is 70b or 405b, Llama 3's shapes; tiny is for machines without a GPU. Prints tokens per second and GPU (median of
 the steps after the third) and in all, the peak of rank 0, and how long the base took and what a rank read of it; each
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from one_gpu import make_tokenizer, measure
+from one_gpu import STEPS, make_tokenizer, measure
 from synthetic_source import environment, prepare
 from transformers import LlamaConfig
 
@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("model", choices=SHAPES)
     parser.add_argument("gpus", type=int)
     parser.add_argument("--micro", type=int, default=1, help="sequences a GPU and step")
-    parser.add_argument("--fp8", action="store_true", help="beside bf16 products with the frozen base in FP8")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--compute", nargs="+", choices=("bf16", "fp8"), default=["bf16"], help="a run for each")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the run's settings")
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench"))
     asked = parser.parse_args()
     folder = asked.work / asked.model
@@ -40,8 +42,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{asked.gpus} x {name}, torch {torch.__version__}, {total / 1e9:.1f} GB in bf16", flush=True)
     length = LENGTH if torch.cuda.is_available() else 64
-    how = [f"parallel.processes={asked.gpus}", "parallel.strategy=zero3", "train.recompute=full", "lora.dropout=0.0"]
-    for compute in ("bf16", "fp8")[: 1 + asked.fp8]:
+    how = [f"parallel.processes={asked.gpus}", "parallel.strategy=zero3", "lora.dropout=0.0", *asked.set]
+    for compute in asked.compute:
         figures = measure(
             f"synthetic://{folder.resolve()}",
             asked.work,
@@ -50,6 +52,7 @@ def main() -> None:
             *how,
             f"train.base_compute={compute}",
             ranks=asked.gpus,
+            steps=asked.steps,
             environment=environment(asked.work),
         )
         row = {"model": asked.model, "gpus": asked.gpus, "tokens": f"{asked.micro} x {length}", "compute": compute}

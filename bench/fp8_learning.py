@@ -1,6 +1,6 @@
 """What products in FP8 do to learning: the error of each kind of layer's output, and the evaluation loss of whole runs.
 
-    python -m bench.fp8_learning [--model FOLDER] [--steps 300] [--seeds 3] [--max-length 512] [--work FOLDER]
+    python -m bench.fp8_learning [--model FOLDER] [--steps 300] [--seeds 3] [--at-once 1] [--work FOLDER]
 
 Rows are documentation of Python's standard library: a function's head is the instruction, its docstring the answer;
 rows of evaluation come from modules that no training row is of. Layers' inputs and gradients are those of the model on
@@ -20,6 +20,7 @@ import sysconfig
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench-fp8"))
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
@@ -183,9 +185,10 @@ def main() -> None:
         cells = (f"{statistics.median(all_):.2%}, {max(all_):.2%}" for all_ in errors.values())
         print(f"| {kind} | {' | '.join(cells)} |", flush=True)
     last: dict[str, list[float]] = {way: [] for way in WAYS}
-    for seed in range(1, asked.seeds + 1):
-        for way in WAYS:
-            before, *_, after = evaluated(asked, rows, way, seed)
+    runs = [(way, seed) for seed in range(1, asked.seeds + 1) for way in WAYS]
+    with ThreadPoolExecutor(asked.at_once) as pool:
+        found = pool.map(lambda run: evaluated(asked, rows, *run), runs)
+        for (way, seed), (before, *_, after) in zip(runs, found, strict=True):
             last[way].append(after)
             print(json.dumps({"base_compute": way, "seed": seed, "before": before, "after": after}), flush=True)
     apart = [round(fp8 - bf16, 4) for fp8, bf16 in zip(last["fp8"], last["bf16"], strict=True)]

@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 from one_gpu import make_model, measure
 
-VARIANTS = [("replicate", "full"), ("zero3", "full"), ("replicate", "none"), ("zero3", "none")]
+VARIANTS = [
+    (strategy, recompute, values)
+    for recompute in ("full", "none")
+    for strategy, values in (("replicate", "always"), ("zero3", "always"), ("replicate", "once"))
+]
+"""Strategy, recompute, and whether the values of the 4-bit base are made for every product, as zero3 has to."""
 LENGTH, MICRO = 2048, 4
 
 
@@ -22,12 +27,12 @@ def main(gpus: int, work: Path) -> None:
     model = work / "7b"
     make_model(model)
     print(f"{gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    for strategy, recompute in VARIANTS:
-        how = [f"train.recompute={recompute}", "lora.dropout=0.0", "train.optimizer=adamw"]
+    for strategy, recompute, values in VARIANTS:
+        how = [f"train.recompute={recompute}", f"train.dequantize={values}", "lora.dropout=0.0"]
         shape = [f"parallel.strategy={strategy}", f"parallel.processes={gpus}"]
         figures = measure(model, work, LENGTH, MICRO, *how, *shape, ranks=gpus)
         figures["tokens_per_s"] = round(figures["tokens_per_s"] / gpus)
-        row = {"gpus": gpus, "strategy": strategy, "recompute": recompute, **figures}
+        row = {"gpus": gpus, "strategy": strategy, "recompute": recompute, "dequantize": values, **figures}
         print(json.dumps(row), flush=True)
 
 

@@ -1,7 +1,7 @@
 """Speed and memory on one GPU, ours beside others: a 7B Llama-2 shape with random weights (speed does not depend on
 them).
 
-    python bench/one_gpu.py [--stacks NAME...] [--work FOLDER] [--table FILE]
+    python bench/one_gpu.py [--shapes NAME...] [--stacks NAME...] [--work FOLDER] [--table FILE]
 
 Every figure is a process of its own, ours through `qlora train` as users start it, others (`peers.py`) in a bare loop;
 all in one run, since machines differ. Prints a line of JSON for each and then the table: tokens per second (median of
@@ -33,8 +33,10 @@ WORDS = 32000 - 4
 STEPS = 9
 SHAPES = [(2048, 4, "full"), (2048, 4, "none"), (512, 1, "none"), (8192, 1, "full"), (8192, 1, "none")]
 """Sequence length, sequences, recompute."""
+NAMED = {f"{micro}x{length}-{recompute}": (length, micro, recompute) for length, micro, recompute in SHAPES}
 OURS = {
     "ours": [],
+    "ours, inputs on the host": ["train.offload_activations=true"],
     "ours, fp8": ["train.base_compute=fp8"],
     "ours, always dequantized": ["train.dequantize=always"],
     "ours, dropout 0.05": ["lora.dropout=0.05"],
@@ -83,6 +85,7 @@ def measure(
     micro: int,
     *overrides: str,
     ranks: int = 1,
+    steps: int = STEPS,
     rows: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
@@ -91,13 +94,13 @@ def measure(
     Args:
         rows: those to train on; without, as many as the steps take, each of which fills a sequence.
     """
-    rows = rows or make_rows(work / f"rows-{length}.jsonl", *[length] * (micro * ranks * STEPS))
+    rows = rows or make_rows(work / f"rows-{length}.jsonl", *[length] * (micro * ranks * steps))
     output = Path(tempfile.mkdtemp(dir=work)) / "out"
     values = {
         "model": {"name": str(model)},
         "data": {"train": str(rows), "max_length": length},
         "train": {
-            "max_steps": STEPS,
+            "max_steps": steps,
             "global_batch_size": micro * ranks,
             "micro_batch_size": micro,
             "learning_rate": 1e-4,
@@ -168,6 +171,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--stacks", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--shapes", nargs="+", choices=NAMED, default=[*NAMED], help="tokens a step and recompute")
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench"))
     parser.add_argument("--table", type=Path, help="where to write the table")
     asked = parser.parse_args()
@@ -175,11 +179,13 @@ def main() -> None:
     model = asked.work / "7b"
     make_model(model)
     rows = []
-    for length, micro, recompute in SHAPES:
+    for length, micro, recompute in map(NAMED.__getitem__, asked.shapes):
         # what is measured with full recomputation is what little memory allows
         kept = "always" if recompute == "full" else "auto"
         how = [f"train.recompute={recompute}", f"train.dequantize={kept}", "train.optimizer=paged_adamw_8bit"]
         for stack in asked.stacks:
+            if recompute == "none" and stack == "ours, inputs on the host":
+                continue
             if stack in PEERS and not find_spec(PEERS[stack]):
                 print(f"{stack} is not installed", file=sys.stderr)
                 continue

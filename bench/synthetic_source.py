@@ -149,4 +149,6 @@ def environment(work: Path) -> dict[str, str]:
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: synthetic-source\nVersion: 1\n")
     (plugin / "entry_points.txt").write_text("[fsspec.specs]\nsynthetic = synthetic_source:SyntheticSource\n")
     here = [str(plugin.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, here))}
+    # or what is copied here goes to memory that the system first has to clear, each time anew
+    kept = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+    return os.environ | kept | {"PYTHONPATH": os.pathsep.join(filter(None, here))}

@@ -75,8 +75,8 @@ class Job:
     """Whether adapters are computed in one step with their linears, and the loss in chunks."""
     values_kept: bool = False
     """Whether the values of 4-bit weights with an adapter stay beside them."""
-    recompute: Literal["none", "full"] = "full"
-    """full keeps each layer's input alone."""
+    recompute: Literal["none", "full"] | int = "full"
+    """full keeps each layer's input alone, a number those of so many layers and all of the others."""
     offload_activations: bool = False
     """Whether these inputs may wait in host memory."""
     optimizer: str = "adamw"
@@ -119,7 +119,7 @@ class Job:
     @property
     def inputs_away(self) -> bool:
         """Whether layers' inputs wait in host memory."""
-        return self.offload_activations and self.recompute == "full" and self.device == "cuda"
+        return self.offload_activations and self.recompute != "none" and self.device == "cuda"
 
     @property
     def in_one_step(self) -> bool:
@@ -134,23 +134,30 @@ class Job:
 def kept_bytes(shape: Shape, job: Job) -> int:
     """What all layers keep for the backward pass, bytes; neither parameters nor logits.
 
-    With recompute full it is each layer's input. The final norm stands for the first layer's, which keeps nothing
+    Of a layer that is computed again it is its input. The final norm stands for the first layer's, which keeps nothing
     because no gradient reaches the embedding. Rotary tables are made once for all layers, and the boolean mask lives on
     where layers are called again with it.
     """
     once = job.tokens * 2 * job.item * shape.head_size
-    if job.recompute == "full":
+    if again := layers_again(shape, job):
         once += job.micro_batch * job.length**2 * job.masked
         # one that comes back, and the next; the one that is computed with leaves the GPU as the next one comes
-        inputs = min(2, shape.layers) if job.inputs_away else shape.layers
-        return once + job.tokens * (inputs * job.item * shape.hidden + _norm(shape, job))
-    return once + shape.layers * layer_bytes(shape, job)
+        inputs = min(2, again) if job.inputs_away else again
+        once += job.tokens * (inputs * job.item * shape.hidden + _norm(shape, job))
+    return once + (shape.layers - again) * layer_bytes(shape, job)
+
+
+def layers_again(shape: Shape, job: Job) -> int:
+    """How many layers are computed again, the first ones."""
+    if job.recompute == "none":
+        return 0
+    return shape.layers if job.recompute == "full" else min(job.recompute, shape.layers)
 
 
 def on_host_bytes(shape: Shape, job: Job) -> int:
     """What a rank keeps in pinned host memory instead, of which torch gives out powers of two."""
     each = 2 ** math.ceil(math.log2(job.tokens * job.item * shape.hidden))
-    return shape.layers * each if job.inputs_away else 0
+    return layers_again(shape, job) * each if job.inputs_away else 0
 
 
 def layer_bytes(shape: Shape, job: Job) -> int:

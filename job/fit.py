@@ -1,6 +1,8 @@
 """Does it fit? And if not, what is missing and what helps."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from job.memory import Job, Memory, memory
 from job.shape import Shape
@@ -29,10 +31,15 @@ def fits(memory: Memory, device_gib: float) -> bool:
     return memory.total_gib <= device_gib * (1 - SPARE)
 
 
-def keeps_activations(shape: Shape, job: Job, device_gib: float) -> bool:
-    """Whether a device of so many GiB holds all activations and `SPARE_FOR_SPEED` stays free."""
-    need = memory(shape, replace(job, recompute="none"))
-    return need.total_gib <= device_gib * (1 - SPARE_FOR_SPEED)
+def least_recompute(shape: Shape, job: Job, device_gib: float) -> Literal["none", "full"] | int:
+    """As few layers to be computed again as a device of so many GiB can do with while `SPARE_FOR_SPEED` stays free."""
+
+    def holds(again: int) -> bool:
+        need = memory(shape, replace(job, recompute=again or "none"))
+        return need.total_gib <= device_gib * (1 - SPARE_FOR_SPEED)
+
+    fewest = bisect_left(range(shape.layers), True, key=holds)
+    return "none" if fewest == 0 else "full" if fewest == shape.layers else fewest
 
 
 def keeps_values(shape: Shape, job: Job, device_gib: float) -> bool:
@@ -71,7 +78,7 @@ def choose(shape: Shape, job: Job, device_gib: float) -> Choice:
 def _cures(shape: Shape, job: Job, device_gib: float) -> str:
     """What to change, in this order, each on top of those before, with what it comes to, until it fits."""
     steps: list[tuple[str, Job]] = []
-    if job.recompute == "none":
+    if job.recompute != "full":
         job = replace(job, recompute="full")
         steps.append(("train.recompute: full", job))
     away = replace(job, offload_activations=True)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from job.activations import CHUNK, Job, kept_bytes, layer_bytes, on_host_bytes, working_bytes
+from job.activations import CHUNK, Job, kept_bytes, layer_bytes, layers_again, on_host_bytes, working_bytes
 from job.families import adapted, fused
 from job.shape import Linear, Shape
 from job.zero import STAGE, copies_gradients, swap_buffers
@@ -109,7 +109,7 @@ def memory(shape: Shape, job: Job) -> Memory:
 def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]]:
     """What each moment of a step takes besides what is held."""
     kept = Item("activations kept", kept_bytes(shape, job) / GIB)
-    layer = Item("one layer again", layer_bytes(shape, job) / GIB * (job.recompute == "full"))
+    layer = Item("one layer again", layer_bytes(shape, job) / GIB * (layers_again(shape, job) == shape.layers))
     seen = job.evaluation_micro_batch * job.length
     # fp32 gradients, and torch's root of the second moment, of this rank's part
     step = 0.0 if _on_host(job) else (8 if job.optimizer == "adamw" else 4) * trained / job.ranks

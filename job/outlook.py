@@ -66,7 +66,8 @@ class Outlook:
                 f"steps     about {plan.steps}, {plan.warmup_steps} of them warm-up: {config.train.epochs:g} epochs of "
                 f"{self.rows:,} rows, about {self.tokens:,} tokens"
             )
-        how = f"{config.train.optimizer}, recompute {plan.recompute}"
+        some = f" of {self.shape.layers} layers" if isinstance(plan.recompute, int) else ""
+        how = f"{config.train.optimizer}, recompute {plan.recompute}{some}"
         yield f"precision {plan.precision}, products in {plan.compute_dtype}, {how}"
         if plan.memory:
             yield "memory    estimated"

@@ -17,7 +17,7 @@ from job.faults import (
     one_round,
     value_faults,
 )
-from job.fit import choose, fits, keeps_activations, keeps_values
+from job.fit import choose, fits, keeps_values, least_recompute
 from job.memory import Memory, gathers_layers, largest_trained, memory
 from job.own_deepspeed import adopt, contradictions, merged, read_own
 from job.shape import Shape
@@ -52,7 +52,7 @@ class Plan:
     schedule: Literal["linear", "cosine", "constant"]
     warmup: float
     max_grad_norm: float
-    recompute: Literal["none", "full"]
+    recompute: Literal["none", "full"] | int
     inputs_on_host: bool
     dequantize: Literal["always", "once"]
     memory: Memory | None = None
@@ -144,7 +144,7 @@ def make_plan(
         warmup=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
         recompute=need.settled(strategy).recompute,
-        inputs_on_host=train.offload_activations and need.settled(strategy).recompute == "full",
+        inputs_on_host=train.offload_activations and need.settled(strategy).recompute != "none",
         dequantize="once" if need.settled(strategy).values_kept else "always",
         memory=need.memory(strategy),
         reason=reason,
@@ -188,7 +188,7 @@ class _Need:
             eager=config.model.attention == "eager",
             fused=config.train.fused,
             values_kept=config.train.dequantize == "once",
-            recompute="none" if config.train.recompute == "none" else "full",
+            recompute="full" if config.train.recompute == "auto" else config.train.recompute,
             offload_activations=config.train.offload_activations,
             optimizer=config.train.optimizer,
             offload_optimizer=zero.offload_optimizer,
@@ -206,12 +206,12 @@ class _Need:
         )
 
     def settled(self, strategy: Strategy) -> Job:
-        """The job under a strategy, with what auto comes to: first activations are kept where they fit, then values."""
+        """The job under a strategy, with what auto comes to: first as many activations are kept as fit, then values."""
         job, gib = replace(self.job, strategy=strategy), self.hardware.memory_gib
         if self.shape is None or self.hardware.device == "cpu":
             return job
-        if self.config.train.recompute == "auto" and keeps_activations(self.shape, job, gib):
-            job = replace(job, recompute="none")
+        if self.config.train.recompute == "auto":
+            job = replace(job, recompute=least_recompute(self.shape, job, gib))
         may = self.config.train.dequantize == "auto" and job.in_one_step and job.quantization in ("nf4", "fp4")
         if may and STAGE[strategy] != 3 and keeps_values(self.shape, job, gib):
             job = replace(job, values_kept=True)

@@ -5,20 +5,26 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+from transformers.modeling_layers import GradientCheckpointingLayer
+
 from job.host_inputs import HostInputs
 
 _again = False
 
 
-def recompute_activations(model: Any, on_host: HostInputs | None = None) -> None:
+def recompute_activations(model: Any, on_host: HostInputs | None = None, layers: int | None = None) -> None:
     """Keep only each layer's input for the backward pass. Our dropout needs no random state to be restored.
 
     Args:
         on_host: where the inputs go meanwhile; without, they stay on the GPU.
+        layers: so many, the first; all without. What the last keep is free again when the first are computed again.
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     # the first is the name since transformers 5.20
     enable({"use_reentrant": False, "preserve_rng_state": False, "context_fn": _around})
+    each = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in each[layers:] if layers is not None else ():
+        layer.gradient_checkpointing = False
     if on_host is not None:
         for module in model.modules():
             if again := getattr(module, "_gradient_checkpointing_func", None):

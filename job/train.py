@@ -127,8 +127,9 @@ def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places, Row
     model, places = add_adapter(base, config.lora, config.train.seed, base_name(config.model), DTYPE[plan.precision])
     if config.train.fused:
         in_one_step(model, config.train.base_compute == "fp8", values_kept=plan.dequantize == "once")
-    if plan.recompute == "full":
-        recompute_activations(model, HostInputs() if plan.inputs_on_host else None)
+    if plan.recompute != "none":
+        layers = None if plan.recompute == "full" else plan.recompute
+        recompute_activations(model, HostInputs() if plan.inputs_on_host else None, layers)
     by_rows = config.model.attention == "auto" and has_kernel(plan.precision)
     return model, places, attend_by_rows(model) if by_rows else None
 

@@ -87,7 +87,7 @@ REFUSED = {
         wrong("sgd", "input should be 'adamw', 'adamw_8bit', 'paged_adamw_8bit' or 'paged_adamw_32bit'"),
     ),
     "train.offload_activations": ("host", wrong("host", BOOL)),
-    "train.recompute": ("off", wrong(False, "input should be 'auto', 'none' or 'full'")),
+    "train.recompute": ("off", wrong(False, "input should be 'auto', 'none' or 'full' or a valid integer")),
     "train.dequantize": ("never", wrong("never", "input should be 'auto', 'always' or 'once'")),
     "train.fused": ("liger", wrong("liger", "input should be a valid boolean")),
     "train.seed": ("-1", wrong(-1, NOT_NEGATIVE)),

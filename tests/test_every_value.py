@@ -75,7 +75,7 @@ ALONE: list[Sections] = [
     *({"train": {"schedule": name, "warmup_steps": 0}} for name in ("linear", "cosine", "constant")),
     *({"train": {"warmup_steps": value}} for value in (0.5, 2)),
     {"train": {"weight_decay": 0.1}},
-    {"train": {"recompute": "full"}},
+    *({"train": {"recompute": value}} for value in ("full", 1)),
     {"train": {"fused": False}},
     {"train": {"max_grad_norm": 0.0}},
     *({"quantization": {"type": name}} for name in ("nf4", "fp4", "int8", "none")),
@@ -100,6 +100,7 @@ def test_a_value_trains_in_one_process(run: Run, sections: Sections) -> None:
     "sections",
     [
         {"train": {"recompute": "full"}},
+        {"train": {"recompute": 1}},
         {"train": {"fused": False}},
         {"model": {"attention": "eager"}},
         {"train": {"micro_batch_size": 1}},
@@ -143,7 +144,7 @@ SHARDED: list[Sections] = [
     {"parallel": {"persistence": 700}},
     {"parallel": {"persistence": 700, "layer_gathers": False}},
     {"parallel": {"persistence": 700, "offload_optimizer": "cpu"}},
-    {"parallel": {"persistence": 700, "prefetch": 0}, "train": {"recompute": "full"}},
+    *({"parallel": {"persistence": 700, "prefetch": 0}, "train": {"recompute": value}} for value in ("full", 1)),
     # plain products, of which autograd keeps a view of the gathered weight
     {"parallel": {"persistence": 700}, "quantization": {"type": "none"}, "lora": {"targets": ["q_proj", "v_proj"]}},
 ]

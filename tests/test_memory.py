@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from job.activations import GATES, NORMS, kept_bytes
+from job.activations import GATES, NORMS, kept_bytes, layer_bytes
 from job.config import parse_config
 from job.fit import choose, fits
 from job.lora_linear import in_one_step
@@ -87,8 +87,8 @@ def saved_bytes(folder: Path, job: Job) -> int:
     model, places = add_adapter(skeleton, run.lora, 0, "it", dtype)
     if job.fused:
         in_one_step(model)
-    if job.recompute == "full":
-        recompute_activations(model)
+    if job.recompute != "none":
+        recompute_activations(model, layers=None if job.recompute == "full" else job.recompute)
     model.train()
     positions = torch.arange(job.length).repeat(job.micro_batch, 1)
     if job.masked:
@@ -143,6 +143,22 @@ def test_with_recompute_full_each_layer_keeps_its_input_alone(shape: str, tmp_pa
     made = shape_of(tmp_path)
     tables = 2 * 2 * made.head_size * job.tokens  # arguments of every layer, which no hook is told of
     assert kept_bytes(made, job) == saved_bytes(tmp_path, job) + tables
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_the_first_layers_may_keep_their_input_and_the_others_all(layers: int, tmp_path: Path) -> None:
+    make_llama(tmp_path, **SHAPES["deep, every head its key"])
+    job = Job(rank=8, micro_batch=2, length=128, dropout=0.1, recompute=layers)
+    assert kept_bytes(shape_of(tmp_path), job) == pytest.approx(saved_bytes(tmp_path, job), rel=0.05)
+
+
+def test_a_layer_that_is_computed_again_needs_room_only_where_none_is_kept() -> None:
+    full, most, few = (memory(LLAMA_7B, Job(recompute=layers)) for layers in ("full", 31, 1))
+    assert gib(full, "one layer again") * GIB == layer_bytes(LLAMA_7B, Job())
+    assert gib(most, "one layer again") == gib(few, "one layer again") == 0
+    assert memory(LLAMA_7B, Job(recompute=32)) == memory(LLAMA_7B, Job(recompute=99)) == full
+    grown = few.total_gib - most.total_gib
+    assert grown == pytest.approx(30 * (layer_bytes(LLAMA_7B, Job()) - 2 * 2048 * 4096) / GIB)
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}

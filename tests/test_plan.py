@@ -237,11 +237,26 @@ def test_activations_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> Non
     assert kept and again and kept.total_gib > again.total_gib + 5
     room = kept.total_gib / (1 - SPARE_FOR_SPEED)
     roomy, tight = with_memory(room + 0.01, always), with_memory(room - 0.01, always)
-    assert (roomy.recompute, tight.recompute) == ("none", "full")
-    assert roomy.memory == kept and tight.memory == again
+    tightest = with_memory(again.total_gib / (1 - SPARE_FOR_SPEED) + 0.01, always)
+    assert (roomy.recompute, tight.recompute, tightest.recompute) == ("none", 1, "full")
+    assert roomy.memory == kept and tightest.memory == again
     assert roomy.reason == f"{kept.total_gib:.1f} GiB of {room + 0.01:.1f} GiB a GPU"
-    assert tight.reason == f"{again.total_gib:.1f} GiB of {room - 0.01:.1f} GiB a GPU"
+    assert tightest.reason.startswith(f"{again.total_gib:.1f} GiB of ")
     assert with_memory(room + 0.01, "parallel.strategy=replicate").recompute == "none"
+
+
+def test_as_few_layers_are_computed_again_as_a_gpu_can_do_with() -> None:
+    always = "train.dequantize=always"
+    found = [with_memory(gib, always) for gib in range(7, 24)]
+    layers = [{"full": 32, "none": 0}.get(str(one.recompute), one.recompute) for one in found]
+    assert layers == sorted(layers, reverse=True) and layers[0] > 24 and layers[-1] == 0 and len(set(layers)) > 6
+    for one in found:
+        if isinstance(one.recompute, int):
+            left = with_memory(140, f"train.recompute={one.recompute - 1 or 'none'}", always)
+            assert one.memory and left.memory
+            size = float(one.reason.split()[3])
+            assert one.memory.total_gib <= size * (1 - SPARE_FOR_SPEED) < left.memory.total_gib
+            assert with_memory(140, f"train.recompute={one.recompute}", always).memory == one.memory
 
 
 def test_adapters_too_large_to_stay_whole_are_told_what_they_cost() -> None:
@@ -259,7 +274,8 @@ def test_adapters_too_large_to_stay_whole_are_told_what_they_cost() -> None:
 def test_inputs_go_to_the_host_where_layers_are_computed_again() -> None:
     away = "train.offload_activations=true"
     assert with_memory(140, away, "train.recompute=full").inputs_on_host
-    assert with_memory(12, away, "train.dequantize=always").inputs_on_host, "auto comes to full here"
+    assert with_memory(7, away, "train.dequantize=always").inputs_on_host, "auto comes to full here"
+    assert with_memory(14, away, "train.dequantize=always", "train.recompute=4").inputs_on_host, "and here four layers'"
     assert not with_memory(140, away).inputs_on_host, "and here to none"
     assert not with_memory(140, "train.recompute=full").inputs_on_host
 

@@ -74,6 +74,18 @@ def test_gradients_are_the_same_and_what_nobody_reads_is_not_made(family: str, m
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_so_many_layers_are_computed_again_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = adapted(FAMILIES["Llama"][0])
+    again = copy.deepcopy(kept)
+    recompute_activations(again, layers=1)
+    ran = []
+    for place, layer in enumerate(again.get_base_model().model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, place=place: ran.append((place, recomputing())))
+    expected, found = learnt(kept), learnt(again)
+    assert ran == [(0, False), (1, False), (0, True)]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_evaluation_between_is_no_recomputation() -> None:
     model = adapted(FAMILIES["Llama"][0])
     expected = model(input_ids=torch.arange(8)[None]).logits

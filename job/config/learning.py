@@ -244,10 +244,10 @@ class Train(Section):
     optimizer: Fixed[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]] = "adamw"
     """adamw is torch's; the others are bitsandbytes', with 8-bit moments, or pages that may leave the GPU. Fixed."""
     offload_activations: Free[bool] = False
-    """Keep layers' inputs, which recompute full keeps, in pinned host memory; off (false) is the GPU. Free."""
-    recompute: Free[Literal["auto", "none", "full"]] = "auto"
-    """full computes activations again in the backward pass, layer by layer: less memory, about a third more work. auto
-    is none where the plan says that a GPU holds all of them with room to spare, else full; off is none. Free."""
+    """Keep layers' inputs, all that recompute keeps, in pinned host memory; off (false) is the GPU. Free."""
+    recompute: Free[Literal["auto", "none", "full"] | PositiveInt] = "auto"
+    """full computes activations again in the backward pass, layer by layer: less memory, about a third more work. A
+    number is that of so many layers, auto of as few as a GPU can do with by the plan; off is none. Free."""
     dequantize: Free[Literal["auto", "always", "once"]] = "auto"
     """once keeps the values of 4-bit weights that have an adapter, at 2 bytes each, instead of making them for every
     product: faster, the same numbers. auto is once where the plan says that a GPU holds them with room to spare, else
