@@ -66,7 +66,7 @@ class Job:
     length: int = 2048
     """Tokens a sequence (data.max_length)."""
     masked: bool = False
-    """Whether sequences hold several rows or padding: attention then takes a mask instead of the causal kernel."""
+    """Whether attention takes a mask instead of a causal kernel."""
     eager: bool = False
     """Whether attention is written out instead of one kernel; models that cap its scores have no other."""
     learnt_share: float = 1.0

@@ -184,7 +184,7 @@ class _Need:
             dora=config.lora.dora,
             micro_batch=config.train.micro_batch_size,
             length=config.data.max_length,
-            masked=config.data.packing or config.train.micro_batch_size > 1,
+            masked=(config.data.packing or config.train.micro_batch_size > 1) and not self.by_rows,
             eager=config.model.attention == "eager",
             fused=config.train.fused,
             values_kept=config.train.dequantize == "once",
@@ -204,6 +204,13 @@ class _Need:
             evaluation_micro_batch=config.evaluation.micro_batch_size,
             device=self.hardware.device,
         )
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether attention is told where rows begin instead of what to leave out: by a kernel for 16 bits, which runs
+        where there is bf16."""
+        has_kernel = self.hardware.device == "cuda" and self.hardware.bf16 and self.precision != "fp32"
+        return has_kernel and bool(self.shape and self.shape.causal) and self.config.model.attention == "auto"
 
     def settled(self, strategy: Strategy) -> Job:
         """The job under a strategy, with what auto comes to: first as many activations are kept as fit, then values."""

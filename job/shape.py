@@ -23,6 +23,11 @@ ROUTERS = (".gate.weight", ".router.weight")
 FLOATS = ("BF16", "F16", "F32", "F64")
 HEADS = ("lm_head.weight", "output_layer.weight", "embed_out.weight")
 """How output layers are called."""
+CAUSAL = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmo", "olmo2", "olmoe", "granite"),
+    *("phi3", "glm", "glm4", "smollm3", "seed_oss", "internlm3", "gemma", "starcoder2"),
+)
+"""Model types whose attention is causal and nothing else but for windows, so that `row_attention` takes it."""
 OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier")
 """Settings by which some models change what their output layer gives."""
 NAMES = {
@@ -76,9 +81,9 @@ class Shape:
     `quantized` is the sum over `linears`; `kept` everything else, a tied output layer once; `largest` the largest
     single tensor, `largest_kept` the largest that is not quantized; `layer` and `layer_quantized` belong to the largest
     decoder layer. `norms` are those over the hidden size in a layer; `rms` when they have no bias. `head_norms` are
-    those over single heads; `softcap` when attention caps its scores; `partly_rotated` when positions turn only a part
-    of each head; `changes_logits` when they are not what the output layer gives. `notes` say what these numbers leave
-    out.
+    those over single heads; `softcap` when attention caps its scores, `causal` when it is known to do nothing but look
+    back; `partly_rotated` when positions turn only a part of each head; `changes_logits` when they are not what the
+    output layer gives. `notes` say what these numbers leave out.
     """
 
     model_type: str
@@ -103,6 +108,7 @@ class Shape:
     rms: bool
     activation: str
     softcap: bool
+    causal: bool
     partly_rotated: bool
     changes_logits: bool
     notes: tuple[str, ...] = ()
@@ -164,6 +170,7 @@ def read_shape(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Shap
         rms=not any(tensor.name.endswith(".bias") for tensor in norms),
         activation=str(text.get("activation_function") or text.get("hidden_act") or "silu"),
         softcap=bool(text.get("attn_logit_softcapping")),
+        causal=model_type in CAUSAL and not (text.get("sliding_window") and text.get("use_sliding_window", True)),
         partly_rotated=_rotated(text) < 1,
         changes_logits=any(text.get(name, 1) not in (None, 1) for name in OF_LOGITS),
         notes=tuple(notes),

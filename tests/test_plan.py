@@ -12,7 +12,7 @@ from job.config import parse_config
 from job.errors import ConfigError
 from job.fit import SPARE_FOR_SPEED
 from job.plan import Plan, make_plan
-from job.shape import Linear
+from job.shape import Linear, Shape
 from job.world import Hardware, World
 from tests.test_config import LEAST
 from tests.test_memory import LLAMA_7B, LLAMA_70B
@@ -245,10 +245,27 @@ def test_activations_are_kept_where_a_gpu_holds_them_with_room_to_spare() -> Non
     assert with_memory(room + 0.01, "parallel.strategy=replicate").recompute == "none"
 
 
+def test_a_mask_is_planned_where_attention_takes_one() -> None:
+    fixed = ["data.max_length=2048", "train.recompute=none", "train.dequantize=always", "train.micro_batch_size=4"]
+
+    def bytes_of(shape: Shape, *more: str, bf16: bool = True) -> float:
+        hardware = Hardware("cuda", "GPU", bf16=bf16, memory_gib=140)
+        found = make_plan(parse_config(LEAST, [*fixed, *more]), World(), hardware, "llama", shape).memory
+        assert found
+        return found.total_gib * 2**30
+
+    packed, masks = bytes_of(LLAMA_7B), 32 * 4 * 2048**2 * 2  # one in bf16 for every layer
+    assert bytes_of(LLAMA_7B, "model.attention=sdpa") == pytest.approx(packed + masks)
+    assert bytes_of(replace(LLAMA_7B, causal=False)) == pytest.approx(packed + masks)
+    before_ampere = [bytes_of(LLAMA_7B, f"model.attention={how}", bf16=False) for how in ("auto", "sdpa")]
+    assert before_ampere[0] == before_ampere[1]  # torch has no kernel for it there
+    assert bytes_of(LLAMA_7B, "data.packing=false", "train.micro_batch_size=1") < packed
+
+
 def test_as_few_layers_are_computed_again_as_a_gpu_can_do_with() -> None:
     always = "train.dequantize=always"
     found = [with_memory(gib, always) for gib in range(7, 24)]
-    layers = [{"full": 32, "none": 0}.get(str(one.recompute), one.recompute) for one in found]
+    layers = [int({"full": 32, "none": 0}.get(str(one.recompute), one.recompute)) for one in found]
     assert layers == sorted(layers, reverse=True) and layers[0] > 24 and layers[-1] == 0 and len(set(layers)) > 6
     for one in found:
         if isinstance(one.recompute, int):

@@ -1,6 +1,7 @@
 """Attention of packed rows by where they begin is that with a mask, wherever it is taken."""
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 import transformers
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from job import row_attention
 from job.row_attention import Rows, attend_by_rows
-from tests.native_models import CONFIGS, GATED
+from job.shape import CAUSAL
+from tests.native_models import CONFIGS, GATED, SMALL
 
 TAKEN = {
     *("Llama 2", "Llama 3.2", "Mixtral", "OLMoE", "Qwen2.5", "Qwen3", "Qwen2-MoE", "Qwen3-MoE", "Gemma", "Phi-4"),
@@ -134,6 +137,17 @@ def test_tokens_that_were_not_told_are_refused() -> None:
 )
 def test_other_attention_stays_as_it_is(config: Any) -> None:
     assert attend_by_rows(of(config)) is None
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_the_types_that_the_plan_takes_for_causal_are_taken(kind: str) -> None:
+    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    experts = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 48}
+    known = inspect.signature(model.config_class).parameters
+    config = model.config_class(**SMALL | {name: value for name, value in experts.items() if name in known})
+    config.sliding_window = None
+    with torch.device("meta"):
+        assert attend_by_rows(model(config)) is not None
 
 
 def test_a_mistral_without_windows_is_taken() -> None:
