@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from job.shape import Linear, Shape
+from job.shape import GATES, NORMS, Linear, Shape
 from job.zero import Place, Strategy
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -22,17 +22,6 @@ SILU = ("silu", "swish")
 """transformers' names of that activation."""
 COMPOSITE = ("gelu_new", "gelu_fast")
 """Activations that transformers writes out in products, so that autograd keeps four tensors instead of one."""
-
-NORMS = (
-    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "granite"),
-    *("phi3", "glm", "glm4", "smollm3", "exaone4", "seed_oss", "internlm3", "hunyuan_v1_dense"),
-)
-"""Model types whose RMS norms are Llama's to the letter, so that `norm_and_gate` takes them in one step."""
-GATES = (
-    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "granite"),
-    *("smollm3", "exaone4", "internlm3", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
-)
-"""The same of gated MLPs."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +68,8 @@ class Job:
     """full keeps each layer's input alone, a number those of so many layers and all of the others."""
     offload_activations: bool = False
     """Whether these inputs may wait in host memory."""
+    attention_away: bool = False
+    """Whether what attention gave waits beside them."""
     optimizer: str = "adamw"
     """By its name in the run file."""
     offload_optimizer: Place = "none"
@@ -144,6 +135,8 @@ def kept_bytes(shape: Shape, job: Job) -> int:
         # one that comes back, and the next; the one that is computed with leaves the GPU as the next one comes
         inputs = min(2, again) if job.inputs_away else again
         once += job.tokens * (inputs * job.item * shape.hidden + _norm(shape, job))
+        if job.inputs_away and job.attention_away:
+            once += job.tokens * shape.heads * (min(2, again) * job.item * shape.head_size + 4 * again)
     return once + (shape.layers - again) * layer_bytes(shape, job)
 
 
@@ -156,7 +149,8 @@ def layers_again(shape: Shape, job: Job) -> int:
 
 def on_host_bytes(shape: Shape, job: Job) -> int:
     """What a rank keeps in pinned host memory instead, of which torch gives out powers of two."""
-    each = 2 ** math.ceil(math.log2(job.tokens * job.item * shape.hidden))
+    widths = [shape.hidden, shape.heads * shape.head_size][: 1 + job.attention_away]
+    each = sum(2 ** math.ceil(math.log2(job.tokens * job.item * width)) for width in widths)
     return layers_again(shape, job) * each if job.inputs_away else 0
 
 

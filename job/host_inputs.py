@@ -16,6 +16,8 @@ import torch
 
 HELD = 2
 """Tensors on their way to the host that still take memory of the GPU."""
+AHEAD = 2
+"""Tensors that are on their way back while one is used: a layer may have its input there and what attention gave."""
 
 
 @dataclass(eq=False)
@@ -25,12 +27,14 @@ class _Away:
     Attributes:
         buffer: uint8, of which the first bytes are the tensor's.
         shape: the tensor's, and so are `dtype` and `device`.
+        stride: how it lies in memory, without gaps.
         before: what was sent away before it, which is wanted back after it.
         back: the tensor on its device again, or on its way.
     """
 
     buffer: torch.Tensor
     shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     before: "weakref.ref[_Away] | None"
@@ -39,7 +43,8 @@ class _Away:
     @property
     def host(self) -> torch.Tensor:
         """The tensor in host memory."""
-        return self.buffer[: self.shape.numel() * self.dtype.itemsize].view(self.dtype).view(self.shape)
+        flat = self.buffer[: self.shape.numel() * self.dtype.itemsize].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
 
 
 class HostInputs:
@@ -59,12 +64,14 @@ class HostInputs:
 
     def away(self) -> AbstractContextManager[Any]:
         """While this is entered, what autograd saves goes to the host."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        return torch.autograd.graph.saved_tensors_hooks(self.put, self.get)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Away:
+    def put(self, tensor: torch.Tensor) -> "torch.Tensor | _Away":
+        """What `get` gives the tensor back for; wanted back in the opposite order."""
         if not self.leaves(tensor):
             return tensor
-        found = _Away(self._buffer(tensor), tensor.shape, tensor.dtype, tensor.device, self.latest)
+        stride = torch.empty_like(tensor, device="meta").stride()
+        found = _Away(self._buffer(tensor), tensor.shape, stride, tensor.dtype, tensor.device, self.latest)
         with self._beside(tensor.device) as stream:
             found.host.copy_(tensor, non_blocking=True)
         if stream is not None:
@@ -73,16 +80,19 @@ class HostInputs:
         self.latest = weakref.ref(found)
         return found
 
-    def _unpack(self, packed: torch.Tensor | _Away) -> torch.Tensor:
+    def get(self, packed: torch.Tensor | _Away) -> torch.Tensor:
+        """The tensor that was put away; the next ones are on their way."""
         if not isinstance(packed, _Away):
             return packed
         self._let_go(0)
         value = self._on_the_way_back(packed)
         if value.is_cuda:
             torch.cuda.current_stream(value.device).wait_stream(self.streams[value.device])
-        before = packed.before() if packed.before else None
-        if before is not None and before.back is None:
-            self._on_the_way_back(before)
+        following: _Away | None = packed
+        for _ in range(AHEAD):
+            following = following.before() if following is not None and following.before is not None else None
+            if following is not None:
+                self._on_the_way_back(following)
         return value
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -98,7 +108,7 @@ class HostInputs:
     def _on_the_way_back(self, packed: _Away) -> torch.Tensor:
         """The tensor on its device; the copy is begun, and on a GPU not waited for."""
         if packed.back is None:
-            packed.back = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+            packed.back = torch.empty_strided(packed.shape, packed.stride, dtype=packed.dtype, device=packed.device)
             with self._beside(packed.device):
                 packed.back.copy_(packed.host, non_blocking=True)
             # the next that fills the buffer is behind this copy, on the same stream

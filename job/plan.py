@@ -190,6 +190,7 @@ class _Need:
             values_kept=config.train.dequantize == "once",
             recompute="full" if config.train.recompute == "auto" else config.train.recompute,
             offload_activations=config.train.offload_activations,
+            attention_away=self.by_rows,
             optimizer=config.train.optimizer,
             offload_optimizer=zero.offload_optimizer,
             offload_parameters=zero.offload_parameters,

@@ -1,15 +1,16 @@
 """Activations computed again in the backward pass, a layer at a time; and whether that is what happens now."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.host_inputs import HostInputs
 
-_again = False
+_now: Literal["first", "again"] | None = None
+"""Seen by all threads: autograd computes again on its own."""
 
 
 def recompute_activations(model: Any, on_host: HostInputs | None = None, layers: int | None = None) -> None:
@@ -38,20 +39,24 @@ def _away(on_host: HostInputs, again: Callable[..., Any], *args: Any, **kwargs: 
 
 def recomputing() -> bool:
     """Whether a layer is computed again: of what it makes only what autograd keeps is read."""
-    return _again
+    return _now == "again"
+
+
+def pass_now() -> Literal["first", "again"] | None:
+    """Which pass this is through a layer that is computed again in the backward pass; None through any other."""
+    return _now
 
 
 def _around() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of the first and of the second forward pass of a layer."""
-    return nullcontext(), _marked()
+    return _marked("first"), _marked("again")
 
 
 @contextmanager
-def _marked() -> Iterator[None]:
-    # seen by all threads: autograd computes again on its own
-    global _again
-    before, _again = _again, True
+def _marked(number: Literal["first", "again"]) -> Iterator[None]:
+    global _now
+    before, _now = _now, number
     try:
         yield
     finally:
-        _again = before
+        _now = before

@@ -6,6 +6,7 @@ each kind of attention and hands it queries, keys and values.
 """
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from job.attention_out import AttentionOutputs
 from job.forward_code import calls, changed, names, together
 from job.sending import sent
 
@@ -34,17 +36,24 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 
 class Rows:
-    """Where the rows of the current micro-batch begin; the engine moves it, attention reads it."""
+    """Where the rows of the current micro-batch begin; the engine moves it, attention reads it.
+
+    Attributes:
+        outputs: where what attention gives is kept for layers that are computed again; None keeps nothing.
+    """
 
     def __init__(self) -> None:
         self.shape: tuple[int, ...] | None = None
         self.begins: torch.Tensor | None = None
         self.longest = 0
+        self.outputs: AttentionOutputs | None = None
 
     def move(self, positions: np.ndarray, device: torch.device | str) -> None:
         """Set the rows: `positions` [B, T] are 0 where one begins. Where each sequence is one row there is nothing to
         keep apart, and attention stays torch's own."""
         self.shape = positions.shape
+        if self.outputs is not None:
+            self.outputs.forget()
         begins = np.append(np.flatnonzero(positions == 0), positions.size).astype(np.int32)
         self.longest = int(np.diff(begins).max())
         one_each = len(begins) == len(positions) + 1
@@ -121,9 +130,24 @@ def _attend(
         RuntimeError: the tokens are not those that the rows were moved to, or a part of the weights is to be dropped.
     """
     rows: Rows = module.rows
-    batch, heads, length, _ = query.shape
+    batch, _, length, _ = query.shape
     if rows.shape not in (None, (batch, length)) or dropout:
         raise RuntimeError(f"rows of {rows.shape} were told, attention got {(batch, length)} with dropout {dropout}")
+    with rows.outputs.around(module) if rows.outputs is not None else nullcontext():
+        return _computed(module, rows, query, key, value, attention_mask, scaling, **more)
+
+
+def _computed(
+    module: Any,
+    rows: Rows,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    batch, heads, length, _ = query.shape
     if rows.begins is None:
         plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **more

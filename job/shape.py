@@ -23,6 +23,16 @@ ROUTERS = (".gate.weight", ".router.weight")
 FLOATS = ("BF16", "F16", "F32", "F64")
 HEADS = ("lm_head.weight", "output_layer.weight", "embed_out.weight")
 """How output layers are called."""
+NORMS = (
+    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "granite"),
+    *("phi3", "glm", "glm4", "smollm3", "exaone4", "seed_oss", "internlm3", "hunyuan_v1_dense"),
+)
+"""Model types whose RMS norms are Llama's to the letter, so that `norm_and_gate` takes them in one step."""
+GATES = (
+    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "granite"),
+    *("smollm3", "exaone4", "internlm3", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
+)
+"""The same of gated MLPs."""
 CAUSAL = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmo", "olmo2", "olmoe", "granite"),
     *("phi3", "glm", "glm4", "smollm3", "seed_oss", "internlm3", "gemma", "starcoder2"),

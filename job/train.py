@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 
 from job import adapter, loop
+from job.attention_out import AttentionOutputs
 from job.config import RunConfig
 from job.data.load import load_dataset
 from job.dropout import Places
@@ -127,11 +128,15 @@ def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places, Row
     model, places = add_adapter(base, config.lora, config.train.seed, base_name(config.model), DTYPE[plan.precision])
     if config.train.fused:
         in_one_step(model, config.train.base_compute == "fp8", values_kept=plan.dequantize == "once")
+    by_rows = config.model.attention == "auto" and has_kernel(plan.precision)
+    rows = attend_by_rows(model) if by_rows else None
     if plan.recompute != "none":
         layers = None if plan.recompute == "full" else plan.recompute
-        recompute_activations(model, HostInputs() if plan.inputs_on_host else None, layers)
-    by_rows = config.model.attention == "auto" and has_kernel(plan.precision)
-    return model, places, attend_by_rows(model) if by_rows else None
+        on_host = HostInputs() if plan.inputs_on_host else None
+        recompute_activations(model, on_host, layers)
+        if rows is not None and on_host is not None:
+            rows.outputs = AttentionOutputs(on_host)
+    return model, places, rows
 
 
 def _say_all(lines: Iterable[str], say: Say) -> None:

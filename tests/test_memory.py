@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from job.activations import GATES, NORMS, kept_bytes, layer_bytes
+from job.activations import kept_bytes, layer_bytes
 from job.config import parse_config
 from job.fit import choose, fits
 from job.lora_linear import in_one_step
@@ -23,7 +23,7 @@ from job.model import add_adapter, build, place
 from job.norm_and_gate import _in_place_of
 from job.pretrained import read_config, read_tensors
 from job.recompute import recompute_activations
-from job.shape import read_shape
+from job.shape import GATES, NORMS, read_shape
 from job.store import Store
 from job.weights import stream
 from tests.conftest import make_llama
@@ -190,6 +190,16 @@ def test_the_types_that_the_plan_takes_for_llamas_have_its_code(kind: str) -> No
     ours = {end: [_in_place_of(one) for one in classes if one.__name__.endswith(end)] for end in ("RMSNorm", "MLP")}
     assert bool(ours["RMSNorm"] and all(ours["RMSNorm"])) == (kind in NORMS)
     assert all(ours["MLP"]) == (kind in GATES)  # of Mixtral none: its experts are ours
+
+
+def test_what_attention_gave_waits_on_the_host_beside_inputs() -> None:
+    away = Job(micro_batch=4, offload_activations=True)
+    both = replace(away, attention_away=True)
+    assert memory(LLAMA_7B, both).host_gib - memory(LLAMA_7B, away).host_gib == 32 * 8192 * 4096 * 2 / GIB
+    # two on their way, and the logarithm of a sum for each head of 32 and token in each of 32 layers
+    assert kept_bytes(LLAMA_7B, both) - kept_bytes(LLAMA_7B, away) == 2 * 8192 * 4096 * 2 + 32 * 8192 * 32 * 4
+    here = Job(micro_batch=4, attention_away=True)
+    assert kept_bytes(LLAMA_7B, here) == kept_bytes(LLAMA_7B, replace(here, attention_away=False))
 
 
 def test_attention_written_out_keeps_a_score_for_each_pair_of_tokens() -> None:

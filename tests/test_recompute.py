@@ -3,16 +3,20 @@
 import copy
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from job import lora_sums
+from job.attention_out import KERNELS, AttentionOutputs
 from job.host_inputs import HostInputs
 from job.lora_linear import in_one_step
 from job.recompute import recompute_activations, recomputing
+from job.row_attention import attend_by_rows
 
 SMALL = {
     "hidden_size": 32,
@@ -43,14 +47,16 @@ def adapted(config: Any) -> Any:
     return model.train()
 
 
-def learnt(model: Any) -> dict[str, torch.Tensor]:
+def learnt(model: Any) -> dict[str, Any]:
     """The loss and gradients by name."""
     ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
-    assert len(found) == 2 * 7 * 2 and all(value is not None and value.any() for value in found.values())
-    return {"loss": loss.detach(), **found}  # type: ignore[dict-item]
+    assert len(found) == len(model.get_base_model().model.layers) * 7 * 2 and all(
+        value is not None and value.any() for value in found.values()
+    )
+    return {"loss": loss.detach(), **found}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,6 +120,60 @@ def test_inputs_that_were_on_the_host_give_the_same_gradients(family: str) -> No
         away.zero_grad()
     assert leaving == [(2, 9, 32)] * 2 * 2, "something else than each layer's input went"
     assert len(on_host.free) == 2, "buffers were made anew, or are not free"
+
+
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts how often a kernel of attention runs."""
+
+    ran = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran += func in KERNELS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_what_attention_gave_comes_back_from_the_host_and_is_not_computed_again(layers: int | None) -> None:
+    kept = adapted(transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 3}))
+    away, on_host, again = copy.deepcopy(kept), HostInputs(lambda tensor: True), layers or 3
+    rows = attend_by_rows(away)
+    assert rows is not None
+    rows.outputs = AttentionOutputs(on_host)
+    recompute_activations(away, on_host, layers)
+    expected = learnt(kept)
+    for _ in range(2):
+        rows.move(np.tile(np.arange(9), (2, 1)), "cpu")
+        with Counted() as counted:  # type: ignore[no-untyped-call]
+            found = learnt(away)
+        assert counted.ran == 3, "attention ran again"
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        away.zero_grad()
+    assert not any(rows.outputs.kept.values()) and len(on_host.free) == 2 * again
+    rows.outputs = None
+    with Counted() as counted:  # type: ignore[no-untyped-call]
+        learnt(away)
+    assert counted.ran == 3 + again
+
+
+def test_what_no_backward_pass_came_for_is_forgotten() -> None:
+    away, on_host = adapted(FAMILIES["Llama"][0]), HostInputs(lambda tensor: True)
+    rows = attend_by_rows(away)
+    assert rows is not None
+    rows.outputs = AttentionOutputs(on_host)
+    recompute_activations(away, on_host)
+    away(input_ids=torch.arange(8)[None])
+    assert sum(map(len, rows.outputs.kept.values())) == 2
+    rows.move(np.arange(8)[None], "cpu")
+    assert not rows.outputs.kept
+
+
+def test_tensors_come_back_as_they_lay_in_memory() -> None:
+    on_host = HostInputs(lambda tensor: True)
+    values = [torch.randn(2, 3, 4, 5).transpose(1, 2), torch.randn(6)[::2], torch.randn(3, 1, 4)]
+    held = [on_host.put(value) for value in values]
+    for value, packed in zip(reversed(values), reversed(held), strict=True):
+        found = on_host.get(packed)
+        assert torch.equal(found, value) and found.stride() == torch.empty_like(value).stride()
 
 
 def test_buffers_of_the_host_serve_rows_of_all_lengths() -> None:
