@@ -35,31 +35,28 @@ class AttentionOutputs:
 
     def __init__(self, on_host: HostInputs):
         self.on_host = on_host
-        self.kept: dict[int, list[Any]] = {}
-
-    def forget(self) -> None:
-        """Let go what no backward pass came for."""
-        self.kept.clear()
 
     @contextmanager
-    def around(self, layer: Any) -> Iterator[None]:
-        """While this is entered, `layer` attends."""
-        mine = self.kept.setdefault(id(layer), [])
-        if pass_now() == "first":
-            with _Seen(lambda kernel: self._noted(kernel(), mine)):
+    def around(self) -> Iterator[None]:
+        """While this is entered, a layer attends, once."""
+        this = pass_now()
+        if this is None:
+            yield
+        elif this.number == "first":
+            with _Seen(lambda kernel: self._noted(kernel(), this.noted)):
                 yield
-        elif pass_now() == "again" and mine:
-            away, *rest = mine.pop()
+        elif this.noted:
+            away, *rest = this.noted.pop(0)
             given = (self.on_host.get(away), *rest)
             with _Seen(lambda kernel: given):
                 yield
-        else:
+        else:  # torch chose a way of its own that is no kernel
             yield
 
-    def _noted(self, result: tuple[Any, ...], mine: list[Any]) -> tuple[Any, ...]:
+    def _noted(self, result: tuple[Any, ...], noted: list[Any]) -> tuple[Any, ...]:
         # without autograd's marks, which it puts on what a kernel gives once that is through here
         output, *rest = (one.detach() if isinstance(one, torch.Tensor) else one for one in result)
-        mine.append((self.on_host.put(output), *rest))
+        noted.append((self.on_host.put(output), *rest))
         return result
 
 

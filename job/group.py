@@ -251,9 +251,10 @@ def agree_on_hardware(world: World, hardware: Hardware) -> tuple[World, Hardware
         raise InputError(f"some ranks have a GPU and others none ({places}). Give all of them the same")
     least = min(other.memory_gib for _, other in found)
     bf16, fp8 = all(other.bf16 for _, other in found), all(other.fp8 for _, other in found)
+    rows = min((other.rows for _, other in found), key=("none", "plain", "grouped").index)
     here = {ranks for ranks, _ in found}
     return replace(world, local_world_size=max(here), even=len(here) == 1), replace(
-        hardware, memory_gib=least, bf16=bf16, fp8=fp8
+        hardware, memory_gib=least, bf16=bf16, fp8=fp8, rows=rows
     )
 
 

@@ -1,9 +1,12 @@
 """What this process computes on, asked of torch once."""
 
 import os
+from inspect import signature
+from typing import Literal
 
 import psutil
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from job.errors import InputError
 from job.world import Hardware
@@ -30,9 +33,17 @@ def this_hardware(local_rank: int) -> Hardware:
         properties = torch.cuda.get_device_properties(local_rank)
         bf16 = properties.major >= 8  # emulated below, at a fraction of the speed
         gib, gpus = properties.total_memory / 2**30, torch.cuda.device_count()
-        return Hardware("cuda", properties.name, bf16, gib, gpus, fp8=properties.major >= 9)
+        fp8 = properties.major >= 9
+        return Hardware("cuda", properties.name, bf16, gib, gpus, fp8, _rows(properties.major))
     cores = f"{len(os.sched_getaffinity(0))} CPU cores"
-    return Hardware("cpu", cores, True, psutil.virtual_memory().total / 2**30, fp8=False)
+    return Hardware("cpu", cores, True, psutil.virtual_memory().total / 2**30, fp8=False, rows="none")
+
+
+def _rows(major: int) -> Literal["none", "plain", "grouped"]:
+    """What torch's FlashAttention takes on a GPU of this generation."""
+    if torch.version.hip or major < 8 or not torch.backends.cuda.is_flash_attention_available():
+        return "none"
+    return "grouped" if "enable_gqa" in signature(varlen_attn).parameters else "plain"  # since torch 2.12
 
 
 def peak_memory_gib(device: str) -> float:

@@ -29,7 +29,7 @@ class _Away:
         shape: the tensor's, and so are `dtype` and `device`.
         stride: how it lies in memory, without gaps.
         before: what was sent away before it, which is wanted back after it.
-        back: the tensor on its device again, or on its way.
+        back: the tensor on its device again, or on its way until the GPU has passed `arrived`.
     """
 
     buffer: torch.Tensor
@@ -39,6 +39,7 @@ class _Away:
     device: torch.device
     before: "weakref.ref[_Away] | None"
     back: torch.Tensor | None = None
+    arrived: torch.cuda.Event | None = None
 
     @property
     def host(self) -> torch.Tensor:
@@ -57,7 +58,6 @@ class HostInputs:
     def __init__(self, leaves: Callable[[torch.Tensor], bool] = lambda tensor: tensor.is_cuda):
         self.leaves = leaves
         self.free: list[torch.Tensor] = []
-        self.largest = 1
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self.latest: weakref.ref[_Away] | None = None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -86,8 +86,8 @@ class HostInputs:
             return packed
         self._let_go(0)
         value = self._on_the_way_back(packed)
-        if value.is_cuda:
-            torch.cuda.current_stream(value.device).wait_stream(self.streams[value.device])
+        if packed.arrived is not None:  # this copy, not those that were begun since
+            torch.cuda.current_stream(value.device).wait_event(packed.arrived)
         following: _Away | None = packed
         for _ in range(AHEAD):
             following = following.before() if following is not None and following.before is not None else None
@@ -97,20 +97,23 @@ class HostInputs:
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory of at least the tensor's bytes. torch pins powers of two; rows of other lengths fit into them."""
-        for place, buffer in enumerate(self.free):
-            if len(buffer) >= tensor.nbytes:
-                return self.free.pop(place)
-        if self.free:
-            self.free.pop()  # a larger one takes its place
-        self.largest = max(self.largest, 2 ** math.ceil(math.log2(max(tensor.nbytes, 1))))
-        return torch.empty(self.largest, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        fitting = [place for place, buffer in enumerate(self.free) if len(buffer) >= tensor.nbytes]
+        if fitting:
+            return self.free.pop(min(fitting, key=lambda place: len(self.free[place])))
+        if self.free:  # a larger one takes the smallest one's place
+            self.free.pop(min(range(len(self.free)), key=lambda place: len(self.free[place])))
+        size = 2 ** math.ceil(math.log2(max(tensor.nbytes, 1)))
+        return torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda)
 
     def _on_the_way_back(self, packed: _Away) -> torch.Tensor:
         """The tensor on its device; the copy is begun, and on a GPU not waited for."""
         if packed.back is None:
             packed.back = torch.empty_strided(packed.shape, packed.stride, dtype=packed.dtype, device=packed.device)
-            with self._beside(packed.device):
+            with self._beside(packed.device) as stream:
                 packed.back.copy_(packed.host, non_blocking=True)
+            if stream is not None:
+                packed.back.record_stream(stream)  # should nobody come for it
+                packed.arrived = stream.record_event()
             # the next that fills the buffer is behind this copy, on the same stream
             self.free.append(packed.buffer)
         return packed.back

@@ -66,8 +66,10 @@ class Outlook:
                 f"steps     about {plan.steps}, {plan.warmup_steps} of them warm-up: {config.train.epochs:g} epochs of "
                 f"{self.rows:,} rows, about {self.tokens:,} tokens"
             )
-        some = f" of {self.shape.layers} layers" if isinstance(plan.recompute, int) else ""
-        how = f"{config.train.optimizer}, recompute {plan.recompute}{some}"
+        again: object = plan.recompute
+        if isinstance(again, int):
+            again = f"{min(again, self.shape.layers)} of {self.shape.layers} layers"
+        how = f"{config.train.optimizer}, recompute {again}"
         yield f"precision {plan.precision}, products in {plan.compute_dtype}, {how}"
         if plan.memory:
             yield "memory    estimated"
@@ -210,7 +212,8 @@ def planned_for(
     here, wanted = seen_gpus(), config.parallel.processes
     if gpus is None and gpu_memory_gib is None and here is None:
         cores = len(os.sched_getaffinity(0))
-        hardware = Hardware("cpu", f"{cores} CPU cores", True, psutil.virtual_memory().total / 2**30, fp8=False)
+        gib = psutil.virtual_memory().total / 2**30
+        hardware = Hardware("cpu", f"{cores} CPU cores", True, gib, fp8=False, rows="none")
     elif gpu_memory_gib is not None:
         hardware = Hardware("cuda", "GPU", True, gpu_memory_gib, gpus or (1 if wanted == "all" else wanted))
     elif here is not None:

@@ -54,6 +54,7 @@ class Plan:
     max_grad_norm: float
     recompute: Literal["none", "full"] | int
     inputs_on_host: bool
+    by_rows: bool
     dequantize: Literal["always", "once"]
     memory: Memory | None = None
     reason: str = ""
@@ -145,6 +146,7 @@ def make_plan(
         max_grad_norm=train.max_grad_norm,
         recompute=need.settled(strategy).recompute,
         inputs_on_host=train.offload_activations and need.settled(strategy).recompute != "none",
+        by_rows=need.by_rows,
         dequantize="once" if need.settled(strategy).values_kept else "always",
         memory=need.memory(strategy),
         reason=reason,
@@ -208,10 +210,13 @@ class _Need:
 
     @property
     def by_rows(self) -> bool:
-        """Whether attention is told where rows begin instead of what to leave out: by a kernel for 16 bits, which runs
-        where there is bf16."""
-        has_kernel = self.hardware.device == "cuda" and self.hardware.bf16 and self.precision != "fp32"
-        return has_kernel and bool(self.shape and self.shape.causal) and self.config.model.attention == "auto"
+        """Whether attention is told where rows begin instead of what to leave out, by a kernel for 16 bits."""
+        on_gpu = self.hardware.device == "cuda"
+        if self.shape is None or not on_gpu or self.precision == "fp32" or self.config.model.attention != "auto":
+            return False
+        rows = self.hardware.rows if self.hardware.bf16 else "none"
+        alike = self.shape.heads == self.shape.kv_heads
+        return self.shape.causal and (rows == "grouped" or (rows == "plain" and alike))
 
     def settled(self, strategy: Strategy) -> Job:
         """The job under a strategy, with what auto comes to: first as many activations are kept as fit, then values."""

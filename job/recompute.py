@@ -3,13 +3,23 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.host_inputs import HostInputs
 
-_now: Literal["first", "again"] | None = None
+
+class Pass(NamedTuple):
+    """A pass through a layer that is computed again in the backward pass: which one, and what the first notes for the
+    second, in the order of the layer's own code."""
+
+    number: Literal["first", "again"]
+    noted: list[Any]
+
+
+_now: Pass | None = None
 """Seen by all threads: autograd computes again on its own."""
 
 
@@ -18,13 +28,15 @@ def recompute_activations(model: Any, on_host: HostInputs | None = None, layers:
 
     Args:
         on_host: where the inputs go meanwhile; without, they stay on the GPU.
-        layers: so many, the first; all without. What the last keep is free again when the first are computed again.
+        layers: so many, the first of the longest list of layers; all without, and where there is no such list. What
+            the last keep is free again when the first are computed again.
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     # the first is the name since transformers 5.20
     enable({"use_reentrant": False, "preserve_rng_state": False, "context_fn": _around})
-    each = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in each[layers:] if layers is not None else ():
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = [[one for one in each if isinstance(one, GradientCheckpointingLayer)] for each in lists]
+    for layer in max(found, key=len, default=[])[layers:] if layers is not None else ():
         layer.gradient_checkpointing = False
     if on_host is not None:
         for module in model.modules():
@@ -39,23 +51,24 @@ def _away(on_host: HostInputs, again: Callable[..., Any], *args: Any, **kwargs: 
 
 def recomputing() -> bool:
     """Whether a layer is computed again: of what it makes only what autograd keeps is read."""
-    return _now == "again"
+    return _now is not None and _now.number == "again"
 
 
-def pass_now() -> Literal["first", "again"] | None:
-    """Which pass this is through a layer that is computed again in the backward pass; None through any other."""
+def pass_now() -> Pass | None:
+    """Which pass this is; None through a layer that is not computed again."""
     return _now
 
 
 def _around() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of the first and of the second forward pass of a layer."""
-    return _marked("first"), _marked("again")
+    noted: list[Any] = []
+    return _marked(Pass("first", noted)), _marked(Pass("again", noted))
 
 
 @contextmanager
-def _marked(number: Literal["first", "again"]) -> Iterator[None]:
+def _marked(this: Pass) -> Iterator[None]:
     global _now
-    before, _now = _now, number
+    before, _now = _now, this
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ Taken where the models' attention is causal and nothing else, which their code s
 each kind of attention and hands it queries, keys and values.
 """
 
-import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from job.attention_out import AttentionOutputs
 from job.forward_code import calls, changed, names, together
 from job.sending import sent
+from job.shape import HEAD_SIZES
 
 NAME = "rows"
 """Of this attention, as others are called sdpa. transformers makes no mask for a kind that has none registered."""
@@ -29,10 +29,6 @@ GIVEN = {"dropout", "scaling", "sliding_window", "**"}
 MASKS = {"create_causal_mask", "create_sliding_window_causal_mask"}
 """The functions that may make a model's masks; the second says nothing where no layer has a window."""
 MORE_THAN_CAUSAL = {"or_mask_function", "and_mask_function", "block_sequence_ids"}
-WIDEST = 256
-"""Elements of a head that FlashAttention takes."""
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
-"""How it is told that keys are fewer than queries; torch 2.11 is not."""
 
 
 class Rows:
@@ -52,18 +48,10 @@ class Rows:
         """Set the rows: `positions` [B, T] are 0 where one begins. Where each sequence is one row there is nothing to
         keep apart, and attention stays torch's own."""
         self.shape = positions.shape
-        if self.outputs is not None:
-            self.outputs.forget()
         begins = np.append(np.flatnonzero(positions == 0), positions.size).astype(np.int32)
         self.longest = int(np.diff(begins).max())
         one_each = len(begins) == len(positions) + 1
         self.begins = None if one_each else sent(begins, device)
-
-
-def has_kernel(precision: str) -> bool:
-    """Whether torch's FlashAttention runs here: on NVIDIA's GPUs since Ampere, in 16 bits."""
-    here = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
-    return here and precision in ("bf16", "fp16") and torch.backends.cuda.is_flash_attention_available()
 
 
 def attend_by_rows(model: nn.Module) -> Rows | None:
@@ -109,9 +97,8 @@ def _only_causal(layer: Any) -> bool:
         return False
     if getattr(config, "_attn_implementation", None) not in ("sdpa", NAME) or not getattr(layer, "is_causal", True):
         return False
-    width = getattr(layer, "head_dim", None) or WIDEST + 1
     windows = any(getattr(owner, "sliding_window", None) for owner in (layer, config))
-    return not windows and width <= WIDEST and width % 8 == 0
+    return not windows and getattr(layer, "head_dim", None) in HEAD_SIZES
 
 
 def _attend(
@@ -127,13 +114,16 @@ def _attend(
     """Query [B, heads, T, D], key and value [B, key heads, T, D] to [B, T, heads, D].
 
     Raises:
-        RuntimeError: the tokens are not those that the rows were moved to, or a part of the weights is to be dropped.
+        RuntimeError: the tokens are not those that the rows were moved to, a part of the weights is to be dropped, or
+            values are of another size than queries.
     """
     rows: Rows = module.rows
-    batch, _, length, _ = query.shape
+    batch, _, length, width = query.shape
     if rows.shape not in (None, (batch, length)) or dropout:
         raise RuntimeError(f"rows of {rows.shape} were told, attention got {(batch, length)} with dropout {dropout}")
-    with rows.outputs.around(module) if rows.outputs is not None else nullcontext():
+    if value.shape[-1] != width:
+        raise RuntimeError(f"{type(module).__name__}: heads of {width} have values of {value.shape[-1]}")
+    with rows.outputs.around() if rows.outputs is not None else nullcontext():
         return _computed(module, rows, query, key, value, attention_mask, scaling, **more)
 
 
@@ -154,10 +144,8 @@ def _computed(
         )
         return plain
     how: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
-    if (shared := heads // key.shape[1]) > 1 and GROUPED:
-        how |= GROUPED
-    else:
-        key, value = repeat_kv(key, shared), repeat_kv(value, shared)
+    if key.shape[1] < heads:
+        how["enable_gqa"] = True
     q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
     output: Any = varlen_attn(q, k, v, rows.begins, rows.begins, rows.longest, rows.longest, **how)
     return output.view(batch, length, heads, -1), None

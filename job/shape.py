@@ -38,6 +38,8 @@ CAUSAL = (
     *("phi3", "glm", "glm4", "smollm3", "seed_oss", "internlm3", "gemma", "starcoder2"),
 )
 """Model types whose attention is causal and nothing else but for windows, so that `row_attention` takes it."""
+HEAD_SIZES = range(8, 257, 8)
+"""Sizes of a head that FlashAttention takes."""
 OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier")
 """Settings by which some models change what their output layer gives."""
 NAMES = {
@@ -180,11 +182,16 @@ def read_shape(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Shap
         rms=not any(tensor.name.endswith(".bias") for tensor in norms),
         activation=str(text.get("activation_function") or text.get("hidden_act") or "silu"),
         softcap=bool(text.get("attn_logit_softcapping")),
-        causal=model_type in CAUSAL and not (text.get("sliding_window") and text.get("use_sliding_window", True)),
+        causal=model_type in CAUSAL and sizes["head_size"] in HEAD_SIZES and not _has_windows(text, model_type),
         partly_rotated=_rotated(text) < 1,
         changes_logits=any(text.get(name, 1) not in (None, 1) for name in OF_LOGITS),
         notes=tuple(notes),
     )
+
+
+def _has_windows(text: Mapping[str, Any], model_type: str) -> bool:
+    unsaid = 4096 if model_type == "mistral" else None  # transformers' own, where a config.json says nothing
+    return bool(text.get("sliding_window", unsaid) and text.get("use_sliding_window", True))
 
 
 def _rotated(text: Mapping[str, Any]) -> float:

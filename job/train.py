@@ -35,7 +35,7 @@ from job.published import shape_of
 from job.recompute import recompute_activations
 from job.record import Record, metric_sinks, recorded
 from job.resume import go_on
-from job.row_attention import Rows, attend_by_rows, has_kernel
+from job.row_attention import Rows, attend_by_rows
 from job.run_folder import RunFolder
 from job.saved import seed_random
 from job.saving import Saver
@@ -128,8 +128,7 @@ def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places, Row
     model, places = add_adapter(base, config.lora, config.train.seed, base_name(config.model), DTYPE[plan.precision])
     if config.train.fused:
         in_one_step(model, config.train.base_compute == "fp8", values_kept=plan.dequantize == "once")
-    by_rows = config.model.attention == "auto" and has_kernel(plan.precision)
-    rows = attend_by_rows(model) if by_rows else None
+    rows = attend_by_rows(model) if plan.by_rows else None
     if plan.recompute != "none":
         layers = None if plan.recompute == "full" else plan.recompute
         on_host = HostInputs() if plan.inputs_on_host else None

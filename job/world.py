@@ -15,7 +15,8 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 @dataclass(frozen=True)
 class Hardware:
     """What a rank computes on; `memory_gib` is the device's memory, GiB, `gpus` how many this machine shows; of a GPU
-    that nobody asked, `fp8` is taken for granted."""
+    that nobody asked, `fp8` and `rows` are taken for granted. `rows` says whether torch has an attention that is told
+    where rows begin, for as many keys as queries alone or also for groups."""
 
     device: Literal["cpu", "cuda"]
     name: str
@@ -23,6 +24,7 @@ class Hardware:
     memory_gib: float
     gpus: int = 0
     fp8: bool = True
+    rows: Literal["none", "plain", "grouped"] = "grouped"
 
 
 def cores() -> int:

@@ -10,13 +10,14 @@ from job import group
 from job.errors import ConfigError, InputError
 from job.world import Hardware, World
 
-BIG, SMALL = Hardware("cuda", "A", True, 80.0, 2), Hardware("cuda", "B", False, 24.0, 1)
+BIG = Hardware("cuda", "A", True, 80.0, 2)
+SMALL = Hardware("cuda", "B", False, 24.0, 1, rows="plain")
 
 
 def test_ranks_plan_by_the_least_that_any_of_them_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "everyone", lambda world, mine: [(2, BIG), (2, BIG), (1, SMALL)])
     world, hardware = group.agree_on_hardware(World(0, 3, 0, local_world_size=2), BIG)
-    assert (hardware.memory_gib, hardware.bf16, hardware.name) == (24.0, False, "A")
+    assert (hardware.memory_gib, hardware.bf16, hardware.rows, hardware.name) == (24.0, False, "plain", "A")
     assert (world.ranks_per_node, world.even) == (2, False)
 
 

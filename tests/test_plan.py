@@ -262,6 +262,27 @@ def test_a_mask_is_planned_where_attention_takes_one() -> None:
     assert bytes_of(LLAMA_7B, "data.packing=false", "train.micro_batch_size=1") < packed
 
 
+@pytest.mark.parametrize(
+    ("rows", "shape", "overrides", "taken"),
+    [
+        ("grouped", LLAMA_7B, [], True),
+        ("grouped", LLAMA_70B, [], True),
+        ("plain", LLAMA_7B, [], True),
+        ("plain", LLAMA_70B, [], False),  # fewer keys than queries
+        ("none", LLAMA_7B, [], False),
+        ("grouped", LLAMA_7B, ["train.precision=fp32"], False),
+        ("grouped", LLAMA_7B, ["model.attention=eager"], False),
+        ("grouped", replace(LLAMA_7B, causal=False), [], False),
+    ],
+)
+def test_attention_is_told_rows_where_torch_and_model_take_them(
+    rows: Any, shape: Shape, overrides: list[str], taken: bool
+) -> None:
+    hardware = Hardware("cuda", "GPU", bf16=True, memory_gib=140, rows=rows)
+    assert make_plan(parse_config(LEAST, overrides), World(), hardware, "llama", shape).by_rows == taken
+    assert not make_plan(parse_config(LEAST, overrides), World(), replace(CPU, rows=rows), "llama", shape).by_rows
+
+
 def test_as_few_layers_are_computed_again_as_a_gpu_can_do_with() -> None:
     always = "train.dequantize=always"
     found = [with_memory(gib, always) for gib in range(7, 24)]

@@ -244,7 +244,7 @@ class Train(Section):
     optimizer: Fixed[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]] = "adamw"
     """adamw is torch's; the others are bitsandbytes', with 8-bit moments, or pages that may leave the GPU. Fixed."""
     offload_activations: Free[bool] = False
-    """Keep layers' inputs and what attention gave in pinned host memory; off (false): inputs, on the GPU. Free."""
+    """Keep layers' inputs, and attention's outputs if it has no mask, in pinned host memory; off is false. Free."""
     recompute: Free[Literal["auto", "none", "full"] | PositiveInt] = "auto"
     """full computes activations again in the backward pass, layer by layer: less memory, about a third more work. A
     number is that of so many layers, auto of as few as a GPU can do with by the plan; off is none. Free."""
