@@ -1,6 +1,8 @@
 """A model's tokenizer with two ways of encoding: content is always text, markup may hold special tokens."""
 
 import json
+import os
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -22,6 +24,9 @@ GENERATION = "generation_config.json"
 _ANCHOR = "\n"
 _MARKUP = 1000
 """Stretches of markup whose ids are remembered: every row has the same few."""
+_one_at_a_time = threading.Lock()
+"""transformers has the tokenizer itself remember whether special tokens are split, until the next call says: of two
+threads one would encode as the other wants."""
 
 
 class Tokenizer:
@@ -99,7 +104,8 @@ class Tokenizer:
         whole = "".join(stretches)
         _refuse_half_characters(whole)
         how = {"add_special_tokens": False, "return_offsets_mapping": True}
-        encoding = self.inner(whole, split_special_tokens=not markup, **how)
+        with _one_at_a_time:
+            encoding = self.inner(whole, split_special_tokens=not markup, **how)
         ends = list(accumulate(map(len, stretches)))
         ids: list[list[int]] = [[] for _ in stretches]
         for token, (start, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
@@ -162,10 +168,12 @@ class Tokenizer:
         return encode(text)
 
     def _raw(self, text: str) -> list[int]:
-        return list(self.inner.encode(text, add_special_tokens=False, split_special_tokens=False))
+        with _one_at_a_time:
+            return list(self.inner.encode(text, add_special_tokens=False, split_special_tokens=False))
 
     def _plain(self, text: str) -> list[int]:
-        return list(self.inner.encode(text, add_special_tokens=False, split_special_tokens=True))
+        with _one_at_a_time:
+            return list(self.inner.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def _without_marks(self, spoken: bool) -> Callable[[str], list[int]]:
         """As `_plain`, by a copy to which more tokens are special; few texts hold any, so that it is seldom made."""
@@ -189,6 +197,15 @@ class Tokenizer:
         not get one. Encoding it behind a newline, whose ids are then cut off, avoids that."""
         tokens = self.inner.convert_ids_to_tokens(self._raw("a"))
         return self._raw(_ANCHOR) if tokens and tokens[0].startswith("▁") else []
+
+
+def _after_fork() -> None:
+    """A process of its own, in which no other thread will ever give the lock back."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _loaded(folder: str, trust_remote_code: bool) -> Any:
