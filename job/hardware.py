@@ -43,7 +43,7 @@ def _rows(major: int) -> Literal["none", "plain", "grouped"]:
     """What torch's FlashAttention takes on a GPU of this generation."""
     if torch.version.hip or major < 8 or not torch.backends.cuda.is_flash_attention_available():
         return "none"
-    return "grouped" if "enable_gqa" in signature(varlen_attn).parameters else "plain"  # since torch 2.12
+    return "grouped" if "enable_gqa" in signature(varlen_attn).parameters else "plain"  # torch 2.11 takes no groups
 
 
 def peak_memory_gib(device: str) -> float:

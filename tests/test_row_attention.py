@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import library
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -68,8 +69,8 @@ def register_for_cpu() -> None:
             found.append([one.transpose(0, 1) for one in (ds @ k, dk, dv)])
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
-    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
-    torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
+    library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
+    library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
 
 
 def learnt(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
