@@ -23,6 +23,7 @@ from job.row_attention import Rows
 from job.saved import SCALER
 from job.sending import sent
 from job.sharding import gathered
+from job.stage3 import shard_at_once
 from job.state import Trained
 from job.world import World
 
@@ -57,7 +58,10 @@ class Engine:
         self.inner, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
         )
-        step_all_at_once(self.inner.optimizer)
+        if plan.zero.shards_base:
+            shard_at_once(self.inner)
+        else:
+            step_all_at_once(self.inner.optimizer)
         if plan.zero.gathers_layers:
             gather_layers_at_once(self.inner, plan.zero.gathers_ahead)
         self.model, self.places, self.rows = model, places, rows

@@ -3,10 +3,11 @@
 DeepSpeed's coordinator follows every parameter of a layer through sets, queues and events, which on a fast GPU takes as
 long as the layer's forward pass. Frozen weights need little of that: which of them comes next is known, and nothing
 becomes of them. The layers' small parameters, which stay whole, DeepSpeed cuts at each step and gathers again one by
-one; here they stay, and what learns is gathered into its place by one collective. Gradients, the optimizer, and all
-that is in no decoder layer stay DeepSpeed's.
+one; here they stay, and what learns is gathered into its place by one collective. Embeddings and the head, which would
+wait for each other, come and go likewise. Gradients, the optimizer, and all else stay DeepSpeed's.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
 from torch import nn
+
+from job.all_at_once import in_front
 
 ALIGNED = 256
 """Bytes at which a weight begins in its layer's buffer."""
@@ -39,11 +42,27 @@ def gather_layers_at_once(engine: Any, ahead: bool = True) -> bool:
     shared = len({id(value) for value in parameters}) < len(parameters)
     if not found or shared or not all(map(_takes_part, parameters)):
         return False
-    coordinator.layers = optimizer.layers = _Layers(found, ahead)
-    for one, before in ((coordinator, _ByLayer), (optimizer, _KeepsWhole)):
-        kind = type(one)
-        one.__class__ = type(kind.__name__, (before, kind), {"__module__": kind.__module__})
+    embeddings, heads = _ends(engine.module, layers)
+    coordinator.layers = optimizer.layers = _Layers(embeddings, found, heads, ahead)
+    in_front(coordinator, _ByLayer)
+    in_front(optimizer, _KeepsWhole)
     return True
+
+
+def _ends(model: nn.Module, layers: list[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Embeddings before the layers, and the head behind them, as far as they are frozen, spread and not tied: left to
+    DeepSpeed they would wait for each other, whole. The rest is small."""
+    inside = {module for layer in layers for module in layer.modules()}
+    outside: list[Any] = [one for one in model.modules() if one not in inside and not [*one.children()]]
+    owners = Counter(id(value) for module in outside for value in module.parameters())
+    fit = [
+        module
+        for module in outside
+        if not all(value.ds_persist for value in module.parameters())
+        and all(_takes_part(value) and owners[id(value)] == 1 for value in module.parameters())
+    ]
+    embeddings: list[nn.Module] = [module for module in fit if isinstance(module, nn.Embedding)]
+    return embeddings, [module for module in fit if isinstance(module, nn.Linear) and module is outside[-1]]
 
 
 def _takes_part(parameter: Any) -> bool:
@@ -62,6 +81,8 @@ class _Together:
 
     def __init__(self, parameters: Iterable[Any]):
         self.parameters = list(parameters)
+        self.places: list[int] = []
+        self.own: list[torch.Tensor] = []
         self.spans: list[tuple[int, int]] = []
         self.size = 0
         for parameter in self.parameters:
@@ -73,11 +94,17 @@ class _Together:
         """A new one, uint8 [size]."""
         return torch.empty(self.size, dtype=torch.uint8, device=self.parameters[0].ds_tensor.device)
 
-    def gather(self, buffer: torch.Tensor) -> Any:
-        """Begin to fill the buffer with every rank's parts."""
-        own = [parameter.ds_tensor.view(torch.uint8) for parameter in self.parameters]
-        outputs = [buffer[start:stop] for start, stop in self.spans]
-        return self.parameters[0].ds_process_group.allgather_into_tensor_coalesced(outputs, own)
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The places of parameters in a buffer."""
+        return [buffer[start:stop] for start, stop in self.spans]
+
+    def gather(self, views: list[torch.Tensor]) -> Any:
+        """Begin to fill a buffer with every rank's parts."""
+        parts = [parameter.ds_tensor for parameter in self.parameters]
+        places = [part.data_ptr() for part in parts]
+        if places != self.places:  # making views of many small tensors takes longer than their gather
+            self.own, self.places = [part.view(torch.uint8) for part in parts], places
+        return self.parameters[0].ds_process_group.allgather_into_tensor_coalesced(views, self.own)
 
     def show(self, buffer: torch.Tensor) -> None:
         """Have the parameters be what is in the buffer."""
@@ -102,38 +129,47 @@ class _Held:
 
 
 class _Layers:
-    """The layers in the order of a forward pass, and which are here."""
+    """Embeddings, layers and a head in the order of a forward pass, and which are here."""
 
-    def __init__(self, modules: list[nn.Module], ahead: bool):
+    def __init__(self, embeddings: list[nn.Module], layers: list[nn.Module], heads: list[nn.Module], ahead: bool):
         self.ahead = ahead
+        modules = [*embeddings, *layers, *heads]
         self.places = {module: place for place, module in enumerate(modules)}
+        self.first, self.last = len(embeddings), len(embeddings) + len(layers) - 1
+        self.done = set(range(self.first))
+        """Whose weights the backward pass does not read: the gradient of what a frozen embedding gives goes nowhere."""
         each: list[list[Any]] = [list(module.parameters()) for module in modules]
         self.layers = [_Together(one for one in layer if not one.ds_persist) for layer in each]
         self.held: dict[int, _Held] = {}
         whole = [one for layer in each for one in layer if one.ds_persist]
         self.learns = _Together(one for one in whole if one.requires_grad)
         self.frozen = _Together(one for one in whole if not one.requires_grad)
-        self.buffers: dict[int, torch.Tensor] = {}
+        self.views: dict[int, list[torch.Tensor]] = {}
 
     def fetch(self, module: nn.Module, forward: bool) -> None:
         """Have the layer's weights here, and the next one's on their way."""
         for whole in (self.learns, self.frozen):
-            if id(whole) not in self.buffers:
+            if id(whole) not in self.views:
                 self.refresh(whole)
-        place = self.places[module]
+        place, onward = self.places[module], forward and not _in_backward()
+        if place in self.done and not forward:
+            return
         held = self.held.get(place) or self._begin(place)
         if held.work is not None:
             held.work.wait()  # on a GPU it is the stream that waits
             held.work = None
             self.layers[place].show(held.buffer)
-        following = place + 1 if forward and not _in_backward() else place - 1
-        if self.ahead and 0 <= following < len(self.layers) and following not in self.held:
+        following = place + 1 if onward else place - 1
+        inside = following < len(self.layers) if onward else following >= self.first
+        if self.ahead and inside and following not in self.held:
             self._begin(following)
 
     def release(self, module: nn.Module, forward: bool) -> None:
-        """Let the layer go, unless its backward pass comes now: it is computed again, or was the last."""
+        """Let the layer go, unless its backward pass comes now: it is computed again, or was the last, or the head."""
         place = self.places[module]
-        if forward and (_in_backward() or (module.training and place == len(self.layers) - 1)):
+        if place > self.last and forward:
+            (self.done.add if getattr(module, "took_loss", False) else self.done.discard)(place)
+        if forward and place not in self.done and (_in_backward() or (module.training and place >= self.last)):
             return
         self._let_go(place)
 
@@ -146,17 +182,18 @@ class _Layers:
         """Have parameters that stay whole be what the ranks' parts are now."""
         if not whole.parameters:
             return
-        if id(whole) not in self.buffers:
-            self.buffers[id(whole)] = whole.buffer()
-            whole.show(self.buffers[id(whole)])
-        whole.gather(self.buffers[id(whole)]).wait()
+        if id(whole) not in self.views:
+            buffer = whole.buffer()
+            self.views[id(whole)] = whole.views(buffer)
+            whole.show(buffer)
+        whole.gather(self.views[id(whole)]).wait()
 
     def _begin(self, place: int) -> _Held:
         layer = self.layers[place]
         # made anew and not kept for reuse: autograd may hold a view of it. What read the memory before is on the stream
         # that the collective waits for
         buffer = layer.buffer()
-        self.held[place] = _Held(buffer, layer.gather(buffer))
+        self.held[place] = _Held(buffer, layer.gather(layer.views(buffer)))
         return self.held[place]
 
     def _let_go(self, place: int) -> None:

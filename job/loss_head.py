@@ -36,6 +36,11 @@ class LossHead(nn.Linear):
         head.__class__ = cls
         return head  # type: ignore[return-value]
 
+    @property
+    def took_loss(self) -> bool:
+        """Whether the gradient is made with the loss, so that the backward pass does not read the weight."""
+        return self.targets is not None
+
     def forget(self) -> None:
         """Be the plain layer again."""
         self.__class__ = nn.Linear  # type: ignore[assignment]

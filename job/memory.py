@@ -113,13 +113,15 @@ def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]
     seen = job.evaluation_micro_batch * job.length
     # fp32 gradients, and torch's root of the second moment, of this rank's part
     step = 0.0 if _on_host(job) else (8 if job.optimizer == "adamw" else 4) * trained / job.ranks
+    # stage 3 joins gradients that wait for each other, or lie in a bucket, in another buffer
+    joined = (2 - copies_gradients(job.contiguous_gradients, job.strategy)) * min(job.bucket, trained) * job.item
     return {
         "taking the loss": (kept, Item("logits and gradients", _loss_bytes(shape, job, job.tokens, True) / GIB)),
         "in the backward pass": (
             kept,
             layer,
             Item("a layer's gradients and weights", working_bytes(shape, job, job.tokens) / GIB),
-            *([] if _shards(job) else [_buckets(job)]),
+            Item("gradients on their way", joined / GIB) if _shards(job) else _buckets(job),
         ),
         "in the optimizer's step": (Item("fp32 gradients", step / GIB),),
         "in the evaluation": (
@@ -162,15 +164,13 @@ def _base(shape: Shape, job: Job) -> list[Item]:
 
 
 def _gathered(shape: Shape, job: Job) -> float:
-    """Bytes of weights that are whole at once: two layers, or one where none is ahead, and the largest kept tensor, or
-    two; left to DeepSpeed as many as may live, what is ahead of use included, at least one of these, at most all."""
+    """Bytes of weights that are whole at once: two layers, or one where none is ahead, and the largest kept tensor;
+    left to DeepSpeed as many as may live, what is ahead of use included, at least one of these, at most all."""
     width = _stored_width(job)
     limit = job.max_live * (job.storage_bytes if width < 1 else job.item)
     layer = width * shape.layer_quantized + job.item * (shape.layer - shape.layer_quantized)
     if gathers_layers(shape, job):
-        both = min(shape.kept, 2 * shape.largest_kept)  # embedding and head, where DeepSpeed lets both live
-        beside = both if both <= job.max_live else shape.largest_kept
-        return min(1 + job.gathers_ahead, shape.layers) * layer + job.item * beside
+        return min(1 + job.gathers_ahead, shape.layers) * layer + job.item * shape.largest_kept
     return min(width * shape.quantized + job.item * shape.kept, max(limit, layer, job.item * shape.largest_kept))
 
 

@@ -221,7 +221,13 @@ def add_adapter(model: Any, lora: Lora, seed: int, base_name: str, dtype: torch.
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
     )
-    tuned = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    # DoRA's magnitudes are made from A and B; elsewhere peft would draw 4e7 numbers that nobody reads
+    tuned = peft.get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=not lora.dora)
+    for module in tuned.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer) and not lora.dora:
+            for one in (module.lora_A["default"], module.lora_B["default"]):
+                one.to_empty(device=module.get_base_layer().weight.device)
+                torch.nn.init.zeros_(one.weight)
     if lora.share_a:
         _share_a(tuned, model.config.model_type)
     tuned.peft_config["default"].base_model_name_or_path = base_name  # peft put the folder it was built from

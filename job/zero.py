@@ -93,8 +93,9 @@ class Zero:
 
 def copies_gradients(wanted: bool | None, strategy: Strategy) -> bool:
     """Whether gradients are copied into one buffer as they come. An adapter's are many and small: the copies take a
-    tenth of a step on few tokens, and replicate needs them for nothing."""
-    return strategy != "replicate" if wanted is None else wanted
+    tenth of a step on few tokens, and zero2 alone needs them: replicate reduces gradients where they are, stage 3 joins
+    their parts in another buffer."""
+    return strategy == "zero2" if wanted is None else wanted
 
 
 def layer_of(parameter: str) -> str | None:

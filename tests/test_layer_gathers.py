@@ -36,12 +36,13 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers between two linears that are no layers; not all layers are equally large."""
+    """Layers between linears and an embedding that are no layers; not all layers are equally large."""
 
     def __init__(self, again: bool):
         super().__init__()
-        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.words, self.first = nn.Embedding(2 * WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.layers = nn.ModuleList(Layer(width) for width in (31, 31, 31, 48, 31)[:LAYERS])
+        self.last = nn.Linear(WIDTH, WIDTH)
         self.again = again
         self.requires_grad_(False)
         for layer in self.layers:
@@ -49,7 +50,7 @@ class Model(nn.Module):
             layer.up.requires_grad_(True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
+        x = self.first(x) + self.words((x[:, 0] > 0).long()).requires_grad_()
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.again and self.training else layer(x)
         return self.last(x)
@@ -151,17 +152,19 @@ def counted(again: bool, ahead: bool) -> None:
     layers._begin = seen
     made.train()
     loss = (made(batch(0).requires_grad_()).float() ** 2).sum()
-    assert begun == list(range(LAYERS))
+    everything = range(LAYERS + 2)  # the embedding before the layers, the head behind them
+    assert begun == [*everything]
+    assert max(most[: LAYERS + 1]) == 1 + ahead and most[-1] == 2
     made.backward(loss)
-    # the last one stays for its backward pass
-    assert begun == [*range(LAYERS), *reversed(range(LAYERS - 1))]
-    assert max(most) == 1 + ahead and not layers.held
+    # the last layer and the head stay for their backward pass, the embedding has none
+    assert begun == [*everything, *reversed(everything[1:LAYERS])]
+    assert max(most[len(everything) :]) == 1 + ahead and not layers.held
     by_deepspeed: list[Any] = []
     gather = deepspeed.comm.all_gather_into_tensor
     deepspeed.comm.all_gather_into_tensor = lambda *given, **how: by_deepspeed.append(given) or gather(*given, **how)
     made.step()
     deepspeed.comm.all_gather_into_tensor = gather
-    assert len(by_deepspeed) == 2, "more than the biases outside of layers was gathered one by one"
+    assert len(by_deepspeed) == 1, "more than the bias of the first linear was gathered by itself"
     assert all(layer.up.weight.numel() == TRAINED * WIDTH for layer in made.module.layers)
 
 
@@ -169,6 +172,32 @@ def counted(again: bool, ahead: bool) -> None:
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 def test_each_layer_is_gathered_once_forward_and_once_back(ranks: list[Executor], again: bool, ahead: bool) -> None:
     everywhere(ranks, counted, again, ahead)
+
+
+def beside_layers(took_loss: bool) -> None:
+    made = engine(again=False, ours=True)
+    words, last = made.module.words.weight, made.module.last.weight  # who asks a module for them, gets them gathered
+    made.module.last.took_loss = took_loss
+    seen: list[tuple[bool, bool]] = []
+    for layer in made.module.layers:
+        layer.register_forward_pre_hook(lambda *_: seen.append((words.numel() > 0, last.numel() > 0)))
+        layer.register_full_backward_pre_hook(lambda *_: seen.append((words.numel() > 0, last.numel() > 0)))
+    for step in range(2):
+        made.train()
+        loss = (made(batch(step).requires_grad_()).float() ** 2).sum()
+        # the head is on its way while the last layer computes, and stays for a backward pass that reads it
+        assert seen == [(False, False)] * LAYERS and (last.numel() > 0) == (not took_loss)
+        if took_loss:
+            return
+        made.backward(loss)
+        assert seen == [(False, False)] * 2 * LAYERS
+        made.step()
+        seen.clear()
+
+
+@pytest.mark.parametrize("took_loss", [True, False])
+def test_embedding_and_head_do_not_wait_for_each_other(ranks: list[Executor], took_loss: bool) -> None:
+    everywhere(ranks, beside_layers, took_loss)
 
 
 def left_to_deepspeed() -> None:

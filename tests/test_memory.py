@@ -250,8 +250,8 @@ def test_gathered_weights_are_limited_but_never_less_than_a_layer_or_the_embeddi
 def test_of_layers_gathered_at_once_two_are_whole_and_one_where_none_is_ahead() -> None:
     layer = LLAMA_70B.layer_quantized / 2 + 2 * (LLAMA_70B.layer - LLAMA_70B.layer_quantized)
     embedding = 2 * 32000 * 8192
-    assert gib(eight("zero3", max_live=32000 * 8192), "gathered") * GIB == 2 * layer + embedding
-    assert gib(eight("zero3", max_live=2 * 32000 * 8192), "gathered") * GIB == 2 * layer + 2 * embedding
+    assert gib(eight("zero3", max_live=0), "gathered") * GIB == 2 * layer + embedding
+    assert gib(eight("zero3", max_live=10**9), "gathered") * GIB == 2 * layer + embedding
     assert gib(eight("zero3", gathers_ahead=False), "gathered") * GIB == layer + embedding
     assert gib(eight("zero3", rank=64, max_live=10**9), "gathered") * GIB == 10**9, "w2's A is cut, above 1e6 elements"
     assert gib(eight("hpz", max_live=10**9), "gathered") * GIB == 10**9
@@ -359,7 +359,7 @@ def test_replicate_is_chosen_when_it_fits_and_zero3_when_only_that_does() -> Non
     small = choose(LLAMA_7B, Job(ranks=8, ranks_per_node=8), 139.8)
     assert (small.strategy, small.reason) == ("replicate", "5.4 GiB of 139.8 GiB a GPU")
     large = choose(LLAMA_70B, Job(ranks=8, ranks_per_node=8, length=1024), 24)
-    assert (large.strategy, large.reason) == ("zero3", "9.9 GiB of 24.0 GiB a GPU (replicate takes 37.6)")
+    assert (large.strategy, large.reason) == ("zero3", "10.0 GiB of 24.0 GiB a GPU (replicate takes 37.6)")
     assert large.memory == memory(LLAMA_70B, Job(strategy="zero3", ranks=8, ranks_per_node=8, length=1024))
 
 
@@ -381,10 +381,10 @@ def test_what_fits_nowhere_is_told_what_is_missing_and_what_helps_in_order() -> 
     assert refused.reason == (
         "nothing fits: replicate takes 41.2 GiB of 16.0 GiB a GPU, of which 6% stay free: 26.1 GiB are missing. "
         "Set train.offload_activations: true (39.2 GiB), then data.max_length: 1024 (39.2 GiB), then "
-        "2 GPUs under zero3 (22.2 GiB), then parallel.offload_parameters: cpu (5.0 GiB)"
+        "2 GPUs under zero3 (22.3 GiB), then parallel.offload_parameters: cpu (5.1 GiB)"
     )
     hopeless = choose(LLAMA_70B, replace(job, recompute="full", micro_batch=1), 4).reason
-    assert hopeless.endswith("parallel.offload_parameters: cpu (5.0 GiB) is not enough: take GPUs with more memory")
+    assert hopeless.endswith("parallel.offload_parameters: cpu (5.1 GiB) is not enough: take GPUs with more memory")
     tiny = choose(LLAMA_70B, Job(quantization="int8", length=512), 24).reason
     assert tiny.endswith("are missing. Take GPUs with more memory")
 

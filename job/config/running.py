@@ -43,7 +43,7 @@ class Parallel(Section):
     """Communicate while computing; off (false) takes turns. Free."""
     contiguous_gradients: Free[bool | None] = None
     """Copy gradients into one buffer as they come, against fragmented memory: takes longer than it saves where many
-    small ones come; off is false, null is off under replicate alone. Free."""
+    small ones come; off is false, null is on under zero2 alone. Free."""
     deepspeed: Free[str | None] = None
     """Path of your own DeepSpeed JSON: what it says wins over what is generated, contradictions to the run file are
     refused; off (null) generates all of it. Free."""
