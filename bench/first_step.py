@@ -2,9 +2,9 @@
 
     python -m bench.first_step RUN_FILE [KEY=VALUE...]
 
-Prints, in the order of their beginning, which functions of the package were at work for how long, and which libraries
-they were in; what took less than a fifth of a second is left out. Ends with the first step; takes a run of one process.
-Results with date and hardware: bench/RESULTS.md.
+Prints, in the order of their beginning, which functions of the package were at work for how long, which libraries they
+were in, and where these were most often; what took less than a fifth of a second is left out. Ends with the first step;
+takes a run of one process. Results with date and hardware: bench/RESULTS.md.
 """
 
 import sys
@@ -23,16 +23,19 @@ PACKAGE = str(Path(job.__file__).parent)
 
 
 class Seen(NamedTuple):
-    """One look: seconds since the start, the innermost place in the package, and the libraries on the stack."""
+    """One look: seconds since the start, the innermost place in the package, the libraries on the stack, and the
+    innermost place at all."""
 
     at: float
     place: str
     libraries: tuple[str, ...]
+    inside: str
 
 
 def look(frame: FrameType | None, at: float) -> Seen:
     """What is on a stack."""
     place, libraries = "-", []
+    inside = f"{Path(frame.f_code.co_filename).name} {frame.f_code.co_name}" if frame else "-"
     while frame is not None:
         file = frame.f_code.co_filename
         if place == "-" and file.startswith(PACKAGE):
@@ -40,7 +43,7 @@ def look(frame: FrameType | None, at: float) -> Seen:
         if "site-packages/" in file:
             libraries.append(file.split("site-packages/")[1].split("/")[0])
         frame = frame.f_back
-    return Seen(at, place, tuple(dict.fromkeys(libraries)))
+    return Seen(at, place, tuple(dict.fromkeys(libraries)), inside)
 
 
 def main() -> None:
@@ -75,7 +78,9 @@ def main() -> None:
             if len(found) * EVERY_S >= LEAST_S:
                 libraries = Counter(name for one in found for name in one.libraries)
                 names = " ".join(name for name, _ in libraries.most_common(4))
-                print(f"{found[0].at:7.2f} {len(found) * EVERY_S:6.2f} s  {place:45} {names}")
+                (inside, times), *_ = Counter(one.inside for one in found).most_common(1)
+                most = f"{names}; {times * EVERY_S:.2f} s in {inside}"
+                print(f"{found[0].at:7.2f} {len(found) * EVERY_S:6.2f} s  {place:45} {most}")
         print(f"{seen[-1].at:7.2f} s until the first step was done")
 
 

@@ -1,12 +1,13 @@
 """What products in FP8 do to learning: the error of each kind of layer's output, and the evaluation loss of whole runs.
 
-    python -m bench.fp8_learning [--model FOLDER] [--steps 300] [--seeds 3] [--at-once 1] [--work FOLDER]
+    python -m bench.fp8_learning [--model FOLDER] [--steps 300] [--seeds 3] [--at-once 1] [--ways WAY...]
 
 Rows are documentation of Python's standard library: a function's head is the instruction, its docstring the answer;
 rows of evaluation come from modules that no training row is of. Layers' inputs and gradients are those of the model on
 such rows, in the type of its weights. Every run is a process of its own, in bf16 and in FP8 of the same seeds: FP8 does
-no harm where the two differ, seed by seed, by less than seeds do. Where there are no FP8 units torch computes the same
-products on the CPU, slowly. Results with date and hardware: bench/RESULTS.md.
+no harm where the two differ, seed by seed, by less than seeds do. With `--ways bf16 forward backward` FP8 is in one
+direction alone, and bf16 in the other. Without FP8 units torch computes the same products on the CPU, slowly.
+Results with date and hardware: bench/RESULTS.md.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import fp8
+from job.linear import dequantized_anew
 
 MODEL = Path("models/SmolLM2-135M-Instruct")
 HELD_OUT = 12
@@ -37,7 +39,8 @@ HELD_OUT = 12
 EVALUATION_ROWS = 120
 RANGE = (60, 900)
 """Characters of docstrings that become rows."""
-WAYS = ("bf16", "fp8")
+WAYS = ("bf16", "fp8", "forward", "backward")
+"""Of the products with the base: none in FP8, all, those of one direction."""
 
 
 def documented() -> Iterator[tuple[str, str, str]]:
@@ -121,11 +124,32 @@ def errors_by_kind(folder: Path, rows: Path, device: str) -> dict[str, dict[str,
     return found
 
 
-def train(config: Path) -> None:
+def in_one_direction(way: str) -> None:
+    """Have products in the other direction take what they are given, and values of the base, as they are."""
+    scaled, forward, backward = fp8.scaled, fp8.forward, fp8.backward
+
+    def onward(x: Any, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+        if way == "forward":
+            forward(scaled(x), weight, state, out)
+        else:
+            torch.mm(x, dequantized_anew(weight.detach(), state, out.dtype).T, out=out)
+
+    def back(dy: Any, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+        if way == "backward":
+            backward(scaled(dy), weight, state, out)
+        else:
+            torch.mm(dy, dequantized_anew(weight.detach(), state, out.dtype), out=out)
+
+    fp8.scaled, fp8.forward, fp8.backward = lambda x: x, onward, back  # type: ignore[assignment,return-value]
+
+
+def train(config: Path, way: str) -> None:
     """`qlora train`, where there are no FP8 units too."""
     from job import plan
     from job.cli import main
 
+    if way in ("forward", "backward"):
+        in_one_direction(way)
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)):
         plan.fp8_faults = lambda *_: []
     sys.argv = ["qlora", "train", str(config)]
@@ -149,7 +173,7 @@ def evaluated(asked: argparse.Namespace, rows: tuple[Path, Path], way: str, seed
             "recompute": "none",
             "seed": seed,
             "precision": "bf16",
-            "base_compute": way,
+            "base_compute": "bf16" if way == "bf16" else "fp8",
             "dequantize": "once",
         },
         "tracking": {"sinks": ["jsonl"]},
@@ -157,7 +181,8 @@ def evaluated(asked: argparse.Namespace, rows: tuple[Path, Path], way: str, seed
     }
     config = asked.work / f"{way}-{seed}.yaml"
     config.write_text(json.dumps(values))  # JSON is YAML
-    done = subprocess.run([sys.executable, "-m", "bench.fp8_learning", "--train", str(config)], stderr=subprocess.PIPE)
+    words = [sys.executable, "-m", "bench.fp8_learning", "--train", str(config), "--ways", way]
+    done = subprocess.run(words, stderr=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(done.stderr.decode())
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -172,10 +197,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="runs beside each other")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench-fp8"))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["bf16", "fp8"], help="each against the first")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.train:
-        train(asked.train)
+        train(asked.train, *asked.ways)
         return
     asked.work.mkdir(parents=True, exist_ok=True)
     rows = make_rows(asked.work)
@@ -184,16 +210,19 @@ def main() -> None:
     for kind, errors in errors_by_kind(asked.model, rows[1], device).items():
         cells = (f"{statistics.median(all_):.2%}, {max(all_):.2%}" for all_ in errors.values())
         print(f"| {kind} | {' | '.join(cells)} |", flush=True)
-    last: dict[str, list[float]] = {way: [] for way in WAYS}
-    runs = [(way, seed) for seed in range(1, asked.seeds + 1) for way in WAYS]
+    last: dict[str, list[float]] = {way: [] for way in asked.ways}
+    runs = [(way, seed) for seed in range(1, asked.seeds + 1) for way in asked.ways]
     with ThreadPoolExecutor(asked.at_once) as pool:
         found = pool.map(lambda run: evaluated(asked, rows, *run), runs)
         for (way, seed), (before, *_, after) in zip(runs, found, strict=True):
             last[way].append(after)
-            print(json.dumps({"base_compute": way, "seed": seed, "before": before, "after": after}), flush=True)
-    apart = [round(fp8 - bf16, 4) for fp8, bf16 in zip(last["fp8"], last["bf16"], strict=True)]
-    spread = round(max(last["bf16"]) - min(last["bf16"]), 4)
-    print(json.dumps({"fp8 minus bf16, by seed": apart, "largest minus smallest of bf16's seeds": spread}))
+            print(json.dumps({"way": way, "seed": seed, "before": before, "after": after}), flush=True)
+    first, *others = asked.ways
+    for way in others:
+        apart = [round(one - other, 4) for one, other in zip(last[way], last[first], strict=True)]
+        print(json.dumps({f"{way} minus {first}, by seed": apart}))
+    spread = round(max(last[first]) - min(last[first]), 4)
+    print(json.dumps({f"largest minus smallest of {first}'s seeds": spread}))
 
 
 if __name__ == "__main__":
