@@ -78,9 +78,12 @@ def train(
         text = Path(config).read_text(encoding="utf-8")
         wanted = Wanted(nodes, gpus_per_node, wait_minutes)
         sys.exit(driver.start(settings_read, text, settings or (), wanted, _say))
-    from job.hardware import count_gpus
+    from job.compile_later import compiled_when_called
     from job.launch import local
     from job.world import World, started_by_launcher
+
+    with compiled_when_called():
+        from job.hardware import count_gpus
 
     if not started_by_launcher(os.environ):
         gpus = count_gpus()
@@ -88,9 +91,10 @@ def train(
         if count > 1:
             words = ["train", config, *(settings or ())]
             sys.exit(local.start(settings_read, words, count, gpus, _say))
-    from job.group import disconnect, lost_peer
-    from job.model import quiet_libraries
-    from job.train import train as run
+    with compiled_when_called():
+        from job.group import disconnect, lost_peer
+        from job.model import quiet_libraries
+        from job.train import train as run
 
     quiet_libraries()
     world = World.from_env(os.environ, context.obj)

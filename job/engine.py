@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from job.all_at_once import step_all_at_once
+from job.compile_later import compiled_when_called
 from job.config.learning import Train
 from job.data.batches import IGNORED, GlobalBatch, MicroBatch
 from job.dropout import Places
@@ -55,9 +56,10 @@ class Engine:
         if plan.zero.shards_base:
             _gather_by_layer(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.inner, *_ = deepspeed.initialize(
-            model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
-        )
+        with compiled_when_called():
+            self.inner, *_ = deepspeed.initialize(
+                model=model, optimizer=_optimizer(trained, train), model_parameters=trained, config=plan.deepspeed()
+            )
         if plan.zero.shards_base:
             shard_at_once(self.inner)
         else:

@@ -174,9 +174,12 @@ class _Layers:
         self._let_go(place)
 
     def release_all(self) -> None:
-        """Let all layers go that are here or on their way."""
+        """Let all layers go that are here or on their way, or were gathered because another one asked for them."""
         for place in list(self.held):
             self._let_go(place)
+        for layer in self.layers:
+            if any(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in layer.parameters):
+                layer.let_go()
 
     def refresh(self, whole: _Together) -> None:
         """Have parameters that stay whole be what the ranks' parts are now."""

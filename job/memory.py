@@ -90,11 +90,10 @@ def memory(shape: Shape, job: Job) -> Memory:
     """The memory of one rank of a job on a model of this shape."""
     adapter = _adapter(shape, job)
     trained = sum(adapter)
-    parts = job.ranks if job.strategy != "replicate" else 1
     held = [
         *_base(shape, job),
         Item("adapter weights", job.item * _stored(adapter, job) / GIB),
-        Item("gradients", job.item * trained / parts / GIB),
+        Item("gradients", job.item * trained / (1 if job.strategy == "replicate" else job.ranks) / GIB),
         *_optimizer(trained, job),
     ]
     if _shards(job):  # for the whole run; stages 1 and 2 make them at each backward's first gradient (deepspeed 0.19.8)
@@ -113,8 +112,9 @@ def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]
     seen = job.evaluation_micro_batch * job.length
     # fp32 gradients, and torch's root of the second moment, of this rank's part
     step = 0.0 if _on_host(job) else (8 if job.optimizer == "adamw" else 4) * trained / job.ranks
-    # stage 3 joins gradients that wait for each other, or lie in a bucket, in another buffer
-    joined = (2 - copies_gradients(job.contiguous_gradients, job.strategy)) * min(job.bucket, trained) * job.item
+    # stage 3 joins gradients that wait, or lie in a bucket, in a buffer, of which three may be on their way
+    buffers = (3 if trained > job.bucket else 1) + (not copies_gradients(job.contiguous_gradients, job.strategy))
+    joined = buffers * max(min(job.bucket, trained), largest_trained(shape, job)) * job.item
     return {
         "taking the loss": (kept, Item("logits and gradients", _loss_bytes(shape, job, job.tokens, True) / GIB)),
         "in the backward pass": (

@@ -3,7 +3,7 @@
 A LoRA of a 7B model has 448 gradients. DeepSpeed copies each into a bucket, cuts it into parts, joins the parts of all,
 cuts what was reduced again and copies each part to its place, and in every forward pass it walks through all modules
 twice: on a fast GPU a twentieth of a step, in which the GPU has nothing to do. The optimizer's states stay where
-DeepSpeed has them. What does not divide evenly, goes to the host or is scaled otherwise, goes DeepSpeed's way.
+DeepSpeed has them. What goes to the host, or is scaled otherwise, goes DeepSpeed's way.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
@@ -66,8 +67,8 @@ class _Bucket:
 
     def __init__(self, parameters: Sequence[Any], parts: Sequence[torch.Tensor], ranks: int):
         both = sorted(zip(parameters, parts, strict=True), key=lambda one: one[1].storage_offset())
-        self.parameters = [parameter for parameter, _ in both]
-        self.even = all(parameter.ds_numel == ranks * part.numel() for parameter, part in both)
+        self.parameters = [(parameter, ranks * part.numel() - parameter.ds_numel) for parameter, part in both]
+        """Each with how many elements its parts have more than it."""
         self.runs: list[tuple[int, int]] = []
         """From where to where in the flat buffer."""
         for _, part in both:
@@ -104,11 +105,14 @@ class _ShardedAtOnce(AtOnce):
             own.wait_stream(self.computing)
         ranks = dist.get_world_size(group)
         bucket = self._bucket(params, ranks)
-        if not (bucket.even and self._reduces_plainly(params, dtype, ranks)):
+        if not self._reduces_plainly(params, dtype, ranks):
             return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params, dtype)  # type: ignore[misc]
         # on the stream that made them, so that their memory need not wait for another one
         with here.stream(self.computing or own):
-            sent = torch.cat([parameter.grad.reshape(ranks, -1) for parameter in bucket.parameters], dim=1)
+            grads = ((parameter.grad.view(-1), more) for parameter, more in bucket.parameters)
+            sent = torch.cat(
+                [(F.pad(grad, (0, more)) if more else grad).view(ranks, -1) for grad, more in grads], dim=1
+            )
             sent.div_(ranks)
         if self.computing is not None and not here.resolves_data_dependency():
             own.wait_stream(self.computing)
@@ -126,6 +130,8 @@ class _ShardedAtOnce(AtOnce):
         if grad_partitions is not None:
             return super().partition_grads(params_to_release, grad_partitions)  # type: ignore[misc]
         for parameter in params_to_release:
+            if self.computing is None and parameter.grad.is_cuda:  # read on this stream, and made on another
+                parameter.grad.record_stream(get_accelerator().current_stream())
             parameter.grad = None
         return []
 
@@ -142,8 +148,10 @@ class _ShardedAtOnce(AtOnce):
         for number, group in enumerate(self.fp16_groups):
             if number not in self._groups():
                 self._groups()[number] = _Bucket(group, [self._part(one) for one in group], 1)
-            runs = self._groups()[number].runs
-            self.averaged_gradients[number] = [self.grad_partitions_flat_buffer[slice(*run)] for run in runs]
+            found = [self.grad_partitions_flat_buffer[slice(*run)] for run in self._groups()[number].runs]
+            # what is clipped has to be a copy, which another type is
+            same = self.fp32_partitioned_groups_flat[number].dtype == self.gradient_accumulation_dtype
+            self.averaged_gradients[number] = [one.clone() for one in found] if same else found
         self._epilogue_ran_this_backward = True
 
     def _unflatten_partitioned_parameters(self: Any, sub_group_id: int) -> None:

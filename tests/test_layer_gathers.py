@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, wait
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -35,6 +36,15 @@ class Layer(nn.Module):
         return x + torch.tanh(wide @ self.back.weight.t() + self.up(self.down(x)))
 
 
+class Head(nn.Linear):
+    """One that can do without its weight in the backward pass, as one that takes the loss does."""
+
+    took_loss = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.detach() @ self.weight.detach().t() if self.took_loss else super().forward(x)
+
+
 class Model(nn.Module):
     """Layers between linears and an embedding that are no layers; not all layers are equally large."""
 
@@ -42,15 +52,16 @@ class Model(nn.Module):
         super().__init__()
         self.words, self.first = nn.Embedding(2 * WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.layers = nn.ModuleList(Layer(width) for width in (31, 31, 31, 48, 31)[:LAYERS])
-        self.last = nn.Linear(WIDTH, WIDTH)
+        self.last = Head(WIDTH, WIDTH)
         self.again = again
+        self.words.register_forward_hook(lambda *given: given[-1].requires_grad_())  # enable_input_require_grads
         self.requires_grad_(False)
         for layer in self.layers:
             layer.down.requires_grad_(True)
             layer.up.requires_grad_(True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x) + self.words((x[:, 0] > 0).long()).requires_grad_()
+        x = self.first(x) + self.words((x[:, 0] > 0).long())
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.again and self.training else layer(x)
         return self.last(x)
@@ -72,12 +83,16 @@ def ranks() -> Iterator[list[Executor]]:
 def _begin(names: dict[str, Any]) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo")
+    # where one rank fails, the other is not to wait for it for long
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=120))
 
 
 def everywhere(ranks: list[Executor], what: Any, *args: Any) -> None:
-    for future in [one.submit(what, *args) for one in ranks]:
-        future.result(timeout=600)
+    done, _ = wait([one.submit(what, *args) for one in ranks], timeout=600, return_when=FIRST_EXCEPTION)
+    assert done
+    for future in done:
+        future.result()
+    assert len(done) == len(ranks)
 
 
 def engine(again: bool, ours: bool, ahead: bool = True, persistence: int = TRAINED * WIDTH) -> Any:
@@ -178,6 +193,9 @@ def beside_layers(took_loss: bool) -> None:
     made = engine(again=False, ours=True)
     words, last = made.module.words.weight, made.module.last.weight  # who asks a module for them, gets them gathered
     made.module.last.took_loss = took_loss
+    begun, layers = [], made.optimizer.parameter_offload.get_param_coordinator().layers
+    begin = layers._begin
+    layers._begin = lambda place: (begun.append(place), begin(place))[1]
     seen: list[tuple[bool, bool]] = []
     for layer in made.module.layers:
         layer.register_forward_pre_hook(lambda *_: seen.append((words.numel() > 0, last.numel() > 0)))
@@ -187,17 +205,30 @@ def beside_layers(took_loss: bool) -> None:
         loss = (made(batch(step).requires_grad_()).float() ** 2).sum()
         # the head is on its way while the last layer computes, and stays for a backward pass that reads it
         assert seen == [(False, False)] * LAYERS and (last.numel() > 0) == (not took_loss)
-        if took_loss:
-            return
         made.backward(loss)
-        assert seen == [(False, False)] * 2 * LAYERS
+        assert seen == [(False, False)] * 2 * LAYERS and last.numel() == 0
+        assert begun == [*range(LAYERS + 2), *reversed(range(1, LAYERS))]
         made.step()
         seen.clear()
+        begun.clear()
 
 
 @pytest.mark.parametrize("took_loss", [True, False])
 def test_embedding_and_head_do_not_wait_for_each_other(ranks: list[Executor], took_loss: bool) -> None:
     everywhere(ranks, beside_layers, took_loss)
+
+
+def asked_for() -> None:
+    """An embedding that a layer asks its owner for is let go after the step too."""
+    made = engine(again=False, ours=True)
+    module, words = made.module, made.module.words.weight
+    module.layers[1].register_forward_pre_hook(lambda *_: module.words.weight.sum())
+    stepped(made, 0)
+    assert words.numel() == 0
+
+
+def test_what_a_layer_asks_another_module_for_is_let_go(ranks: list[Executor]) -> None:
+    everywhere(ranks, asked_for)
 
 
 def left_to_deepspeed() -> None:

@@ -359,7 +359,7 @@ def test_replicate_is_chosen_when_it_fits_and_zero3_when_only_that_does() -> Non
     small = choose(LLAMA_7B, Job(ranks=8, ranks_per_node=8), 139.8)
     assert (small.strategy, small.reason) == ("replicate", "5.4 GiB of 139.8 GiB a GPU")
     large = choose(LLAMA_70B, Job(ranks=8, ranks_per_node=8, length=1024), 24)
-    assert (large.strategy, large.reason) == ("zero3", "10.0 GiB of 24.0 GiB a GPU (replicate takes 37.6)")
+    assert (large.strategy, large.reason) == ("zero3", "10.2 GiB of 24.0 GiB a GPU (replicate takes 37.6)")
     assert large.memory == memory(LLAMA_70B, Job(strategy="zero3", ranks=8, ranks_per_node=8, length=1024))
 
 
@@ -381,10 +381,10 @@ def test_what_fits_nowhere_is_told_what_is_missing_and_what_helps_in_order() -> 
     assert refused.reason == (
         "nothing fits: replicate takes 41.2 GiB of 16.0 GiB a GPU, of which 6% stay free: 26.1 GiB are missing. "
         "Set train.offload_activations: true (39.2 GiB), then data.max_length: 1024 (39.2 GiB), then "
-        "2 GPUs under zero3 (22.3 GiB), then parallel.offload_parameters: cpu (5.1 GiB)"
+        "2 GPUs under zero3 (22.5 GiB), then parallel.offload_parameters: cpu (5.2 GiB)"
     )
     hopeless = choose(LLAMA_70B, replace(job, recompute="full", micro_batch=1), 4).reason
-    assert hopeless.endswith("parallel.offload_parameters: cpu (5.1 GiB) is not enough: take GPUs with more memory")
+    assert hopeless.endswith("parallel.offload_parameters: cpu (5.2 GiB) is not enough: take GPUs with more memory")
     tiny = choose(LLAMA_70B, Job(quantization="int8", length=512), 24).reason
     assert tiny.endswith("are missing. Take GPUs with more memory")
 
