@@ -79,18 +79,15 @@ def train(
         wanted = Wanted(nodes, gpus_per_node, wait_minutes)
         sys.exit(driver.start(settings_read, text, settings or (), wanted, _say))
     from job.compile_later import compiled_when_called
+    from job.hardware import count_gpus
     from job.launch import local
     from job.world import World, started_by_launcher
-
-    with compiled_when_called():
-        from job.hardware import count_gpus
 
     if not started_by_launcher(os.environ):
         gpus = count_gpus()
         count = local.workers(settings_read, gpus)
         if count > 1:
-            words = ["train", config, *(settings or ())]
-            sys.exit(local.start(settings_read, words, count, gpus, _say))
+            sys.exit(local.start(settings_read, ["train", config, *(settings or ())], count, gpus, _say))
     with compiled_when_called():
         from job.group import disconnect, lost_peer
         from job.model import quiet_libraries

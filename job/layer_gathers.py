@@ -4,7 +4,7 @@ DeepSpeed's coordinator follows every parameter of a layer through sets, queues 
 long as the layer's forward pass. Frozen weights need little of that: which of them comes next is known, and nothing
 becomes of them. The layers' small parameters, which stay whole, DeepSpeed cuts at each step and gathers again one by
 one; here they stay, and what learns is gathered into its place by one collective. Embeddings and the head, which would
-wait for each other, come and go likewise. Gradients, the optimizer, and all else stay DeepSpeed's.
+wait for each other, come and go likewise. The optimizer and all else stay DeepSpeed's.
 """
 
 from collections import Counter

@@ -28,7 +28,7 @@ def shard_at_once(engine: Any) -> None:
 class _MarksAtOnce:
     """In front of DeepSpeedEngine: modules are told that a forward pass begins or ends without looking for them."""
 
-    marked: "list[Any] | None" = None
+    marked: list[Any] | None = None
     marking = False
 
     def zero_optimization_partition_weights(self) -> bool:
@@ -146,9 +146,7 @@ class _ShardedAtOnce(AtOnce):
             get_accelerator().current_stream().wait_stream(self.reduce_and_partition_stream)
         self.params_already_reduced.update(dict.fromkeys(self.params_already_reduced, False))
         for number, group in enumerate(self.fp16_groups):
-            if number not in self._groups():
-                self._groups()[number] = _Bucket(group, [self._part(one) for one in group], 1)
-            found = [self.grad_partitions_flat_buffer[slice(*run)] for run in self._groups()[number].runs]
+            found = [self.grad_partitions_flat_buffer[slice(*run)] for run in self._bucket(group, 1).runs]
             # what is clipped has to be a copy, which another type is
             same = self.fp32_partitioned_groups_flat[number].dtype == self.gradient_accumulation_dtype
             self.averaged_gradients[number] = [one.clone() for one in found] if same else found
@@ -163,22 +161,13 @@ class _ShardedAtOnce(AtOnce):
             super()._unflatten_partitioned_parameters(sub_group_id)  # type: ignore[misc]
             known[sub_group_id] = [places[0], *(one.data_ptr() for one in parts)]
 
-    def _part(self: Any, parameter: Any) -> torch.Tensor:
-        """Where this rank's part of a gradient is kept."""
-        part: torch.Tensor = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
-        return part
-
-    def _groups(self) -> dict[int, _Bucket]:
-        """The optimizer's groups as buckets."""
-        found: dict[int, _Bucket] = self.__dict__.setdefault("_groups_in_flat", {})
-        return found
-
-    def _bucket(self, params: Sequence[Any], ranks: int) -> _Bucket:
+    def _bucket(self: Any, params: Sequence[Any], ranks: int) -> _Bucket:
         """Of these parameters, which come together in every step."""
         known: dict[tuple[int, ...], _Bucket] = self.__dict__.setdefault("_buckets_in_flat", {})
-        key = tuple([parameter.ds_id for parameter in params])
+        key = (ranks, *[parameter.ds_id for parameter in params])
         if key not in known:
-            known[key] = _Bucket(params, [self._part(one) for one in params], ranks)
+            kept = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            known[key] = _Bucket(params, [kept[parameter.ds_id] for parameter in params], ranks)
         return known[key]
 
     def _reduces_plainly(self: Any, params: Sequence[Any], dtype: torch.dtype, ranks: int) -> bool:

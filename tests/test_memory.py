@@ -18,7 +18,7 @@ from job.config import parse_config
 from job.fit import choose, fits
 from job.lora_linear import in_one_step
 from job.matching import shares
-from job.memory import GIB, Item, Job, Memory, memory
+from job.memory import GIB, Item, Job, Memory, largest_trained, memory, trained_elements
 from job.model import add_adapter, build, place
 from job.norm_and_gate import _in_place_of
 from job.pretrained import read_config, read_tensors
@@ -245,6 +245,14 @@ def test_gathered_weights_are_limited_but_never_less_than_a_layer_or_the_embeddi
     assert gib(eight(**deepspeeds, max_live=0), "gathered") * GIB == max(layer, 2 * 32000 * 8192)
     everything = LLAMA_70B.quantized / 2 + 2 * LLAMA_70B.kept
     assert gib(eight(**deepspeeds, max_live=10**12), "gathered") * GIB == everything
+
+
+def test_gradients_of_zero3_wait_and_are_joined_in_buffers() -> None:
+    trained, largest = trained_elements(LLAMA_70B, 16, "all"), largest_trained(LLAMA_70B, Job())
+    expected = [(10**9, None, 2 * trained), (10**9, True, trained), (10**7, None, 4 * 10**7), (100, None, 4 * largest)]
+    for bucket, contiguous, elements in expected:
+        found = gib(eight("zero3", bucket=bucket, contiguous_gradients=contiguous), "gradients on their way") * GIB
+        assert found == 2 * elements
 
 
 def test_of_layers_gathered_at_once_two_are_whole_and_one_where_none_is_ahead() -> None:

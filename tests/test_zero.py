@@ -30,6 +30,7 @@ def plan(*overrides: str, world: World = TWO_NODES) -> Plan:
 def test_a_strategy_is_a_stage(strategy: str, stage: int, keys: set[str]) -> None:
     zero = plan(f"parallel.strategy={strategy}").deepspeed()["zero_optimization"]
     assert zero["stage"] == stage
+    assert zero["contiguous_gradients"] == (strategy == "zero2")
     assert keys <= zero.keys()
     assert ("stage3_param_persistence_threshold" in zero) == (stage == 3)
     assert zero.get("zero_hpz_partition_size") == (2 if strategy == "hpz" else None)
