@@ -29,7 +29,9 @@ from tests.test_shape import shape_of
 def test_an_adapter_is_put_on_the_parts_of_a_fused_linear_and_counted_so(share_a: bool) -> None:
     lora = Lora(rank=4, targets=["query_key_value"], dropout=0, share_a=share_a)
     base, _ = job.load_base(str(LEGACY / "chatglm3"))
+    before = torch.get_rng_state()
     tuned, _ = add_adapter(base, lora, 1, "base", torch.float32)
+    assert torch.equal(torch.get_rng_state(), before), "numbers were drawn that are replaced"
     trained = {name: value.numel() for name, value in tuned.named_parameters() if value.requires_grad}
     owners = Counter(tuple(name.split(".")[-4:-2]) for name in trained)
     names = [("q_proj", "lora_A"), *(() if share_a else [("k_proj", "lora_A"), ("v_proj", "lora_A")])]
