@@ -48,12 +48,13 @@ def test_jobs_side_by_side_have_other_gpus_of_a_node(folder: Path, tmp_path: Pat
 
 def test_a_lost_nodes_job_starts_again_on_another(folder: Path, tmp_path: Path) -> None:
     with slurm(folder, {"n1": 0, "n2": 0}) as cluster:
+        out = tmp_path / "out"
         job = cluster.sbatch("--output=out", "--open-mode=append", "--wrap=hostname; sleep 100", cwd=tmp_path)
-        cluster.wait(job, {"RUNNING"})
+        cluster.until(lambda: out.exists() and out.read_text() == "n1\n")  # SLURM says RUNNING before the script does
         cluster.hosts["n1"].kill()
         cluster.hurry(job)
         assert cluster.node_state("n1") == "down*"
-        cluster.until(lambda: (tmp_path / "out").read_text() == "n1\nn2\n")
+        cluster.until(lambda: out.read_text() == "n1\nn2\n")
 
 
 def test_clusters_side_by_side_leave_nothing(folder: Path, tmp_path: Path) -> None:
