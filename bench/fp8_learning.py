@@ -6,7 +6,8 @@ Rows are documentation of Python's standard library: a function's head is the in
 rows of evaluation come from modules that no training row is of. Layers' inputs and gradients are those of the model on
 such rows, in the type of its weights. Every run is a process of its own, in bf16 and in FP8 of the same seeds: FP8 does
 no harm where the two differ, seed by seed, by less than seeds do. With `--ways bf16 forward backward` FP8 is in one
-direction alone, and bf16 in the other. Without FP8 units torch computes the same products on the CPU, slowly.
+direction alone, and bf16 in the other; with `fixed` weights are rounded alike in every step. Without FP8 units torch
+computes the same products on the CPU, slowly.
 Results with date and hardware: bench/RESULTS.md.
 """
 
@@ -39,8 +40,9 @@ HELD_OUT = 12
 EVALUATION_ROWS = 120
 RANGE = (60, 900)
 """Characters of docstrings that become rows."""
-WAYS = ("bf16", "fp8", "forward", "backward")
-"""Of the products with the base: none in FP8, all, those of one direction."""
+WAYS = ("bf16", "fp8", "forward", "backward", "fixed")
+"""Of the products with the base: none in FP8, all, those of one direction; all, with weights rounded alike in every
+step."""
 
 
 def documented() -> Iterator[tuple[str, str, str]]:
@@ -128,15 +130,15 @@ def in_one_direction(way: str) -> None:
     """Have products in the other direction take what they are given, and values of the base, as they are."""
     scaled, forward, backward = fp8.scaled, fp8.forward, fp8.backward
 
-    def onward(x: Any, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+    def onward(x: Any, weight: torch.Tensor, state: Any, out: torch.Tensor, wider: float) -> None:
         if way == "forward":
-            forward(scaled(x), weight, state, out)
+            forward(scaled(x), weight, state, out, wider)
         else:
             torch.mm(x, dequantized_anew(weight.detach(), state, out.dtype).T, out=out)
 
-    def back(dy: Any, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+    def back(dy: Any, weight: torch.Tensor, state: Any, out: torch.Tensor, wider: float) -> None:
         if way == "backward":
-            backward(scaled(dy), weight, state, out)
+            backward(scaled(dy), weight, state, out, wider)
         else:
             torch.mm(dy, dequantized_anew(weight.detach(), state, out.dtype), out=out)
 
@@ -150,6 +152,8 @@ def train(config: Path, way: str) -> None:
 
     if way in ("forward", "backward"):
         in_one_direction(way)
+    if way == "fixed":
+        fp8.widened = lambda step: 1.0
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)):
         plan.fp8_faults = lambda *_: []
     sys.argv = ["qlora", "train", str(config)]

@@ -22,10 +22,15 @@ MULTIPLY = (-1640531535, -2048144777)
 
 
 class Places:
-    """Where each token of the current micro-batch stands in the run; the loop moves it, dropout reads it."""
+    """Where each token of the current micro-batch stands in the run; the loop moves it, dropout reads it.
+
+    Attributes:
+        step: of the micro-batch, from 0; what is rounded in another way in every step reads it (`job.fp8`).
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.step = 0
         self.keys: torch.Tensor | None = None
 
     def move(self, step: int, rows: np.ndarray, positions: np.ndarray, device: torch.device | str) -> None:
@@ -33,7 +38,7 @@ class Places:
         keys = _mix(
             _mix(_mix(np.uint64(self.seed), np.uint64(step)), rows.astype(np.uint64)), positions.astype(np.uint64)
         )
-        self.keys = sent(_as_int32(keys), device)
+        self.step, self.keys = step, sent(_as_int32(keys), device)
 
 
 class RowDropout(nn.Module):

@@ -3,8 +3,12 @@
 Every row of the input, every row of the weight and, backwards, every column of it is scaled by its largest magnitude to
 the type's, so that a row's outlier costs that row alone (Micikevicius et al. 2022, FP8 Formats for Deep Learning, with
 a scale a row); sums are made as the units do them fastest. What is trained is never rounded to 8 bits.
+
+Inputs are others in every step, the weight is the same: an adapter would learn to make up for how it was rounded, and
+that is not how it is used later. So the weight is rounded elsewhere in every step (see `widened`).
 """
 
+import math
 from typing import Any
 
 import bitsandbytes.functional as F
@@ -20,6 +24,8 @@ LARGEST = torch.finfo(TYPE).max
 MULTIPLE = 16
 """The product's sizes are multiples of it."""
 
+GOLDEN = (math.sqrt(5) - 1) / 2
+
 Scaled = tuple[torch.Tensor, torch.Tensor]
 """FP8 numbers [N, K], and fp32 scales [N, 1] by which they are the values."""
 
@@ -29,23 +35,41 @@ def fits(out_features: int, in_features: int) -> bool:
     return out_features % MULTIPLE == 0 and in_features % MULTIPLE == 0
 
 
-def scaled(x: torch.Tensor) -> Scaled:
-    """x [N, K] in 8 bits, with a scale a row."""
+def scaled(x: torch.Tensor, wider: float = 1.0) -> Scaled:
+    """x [N, K] in 8 bits, with a scale a row.
+
+    Args:
+        wider: by how much scales are larger than they need be.
+    """
     if x.is_cuda:
-        return eight_bits.rows_in_eight_bits(x)
+        return eight_bits.rows_in_eight_bits(x, wider)
     wide = x.float()
-    scales = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp_(min=1e-30)
+    scales = (wide.abs().amax(1, keepdim=True) * (wider / LARGEST)).clamp_(min=1e-30)
     return (wide / scales).to(TYPE), scales
 
 
-def forward(x: Scaled, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
-    """x W' of x [N, in] and the frozen weight [out, in], which is here, into `out` [N, out]."""
-    _product(x, _weight(weight, state, out.dtype, turned=False), out)
+def widened(step: int) -> float:
+    """By how much a weight's scales are larger in this step than they need be, from 1 to below 2.
+
+    The type has as many numbers between a power of two and the next as between the next two, so that what a value is
+    rounded by goes round once while its scale doubles. The golden ratio's multiples modulo 1 are spread evenly, however
+    many they are (Weyl 1916): over steps the errors of a value cancel.
+    """
+    return math.pow(2, step * GOLDEN % 1)
 
 
-def backward(dy: Scaled, weight: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+def forward(x: Scaled, weight: torch.Tensor, state: Any, out: torch.Tensor, wider: float = 1.0) -> None:
+    """x W' of x [N, in] and the frozen weight [out, in], which is here, into `out` [N, out].
+
+    Args:
+        wider: see `widened`.
+    """
+    _product(x, _weight(weight, state, out.dtype, wider, turned=False), out)
+
+
+def backward(dy: Scaled, weight: torch.Tensor, state: Any, out: torch.Tensor, wider: float = 1.0) -> None:
     """dy W of dy [N, out], into `out` [N, in]."""
-    _product(dy, _weight(weight, state, out.dtype, turned=True), out)
+    _product(dy, _weight(weight, state, out.dtype, wider, turned=True), out)
 
 
 def _product(left: Scaled, right: Scaled, out: torch.Tensor) -> None:
@@ -54,21 +78,24 @@ def _product(left: Scaled, right: Scaled, out: torch.Tensor) -> None:
     )
 
 
-def _weight(weight: torch.Tensor, state: Any, dtype: torch.dtype, turned: bool) -> Scaled:
-    """The weight, or turned its transpose, with a scale for each of its rows; kept where its values are to be."""
-    kept: dict[Any, Scaled] | None = getattr(state, VALUES, None)
+def _weight(weight: torch.Tensor, state: Any, dtype: torch.dtype, wider: float, turned: bool) -> Scaled:
+    """The weight, or turned its transpose, with a scale for each of its rows; kept where its values are to be, until
+    they are rounded in another way."""
+    kept: dict[Any, tuple[float, Scaled]] | None = getattr(state, VALUES, None)
     if kept is None:
-        return _made(weight, state, dtype, turned)
-    if (TYPE, turned) not in kept:
-        kept[TYPE, turned] = _made(weight, state, dtype, turned)
-    return kept[TYPE, turned]
+        return _made(weight, state, dtype, wider, turned)
+    place = (TYPE, turned)
+    if place not in kept or kept[place][0] != wider:
+        kept.pop(place, None)  # before the next is made
+        kept[place] = wider, _made(weight, state, dtype, wider, turned)
+    return kept[place][1]
 
 
-def _made(weight: torch.Tensor, state: Any, dtype: torch.dtype, turned: bool) -> Scaled:
+def _made(weight: torch.Tensor, state: Any, dtype: torch.dtype, wider: float, turned: bool) -> Scaled:
     if state is None or not weight.is_cuda or not eight_bits.readable(state):
         matrix = weight.detach() if state is None else dequantized_anew(weight.detach(), state, dtype)
-        return scaled(matrix.T if turned else matrix)
-    scales = _largest(state, turned)
+        return scaled(matrix.T if turned else matrix, wider)
+    scales = _largest(state, turned) * wider
     return eight_bits.weight_in_eight_bits(weight.detach(), state, scales, turned), scales
 
 

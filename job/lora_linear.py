@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from job import fp8
-from job.dropout import RowDropout
+from job.dropout import Places, RowDropout
 from job.forward_code import called_alike, code
 from job.linear import FrozenLinear4bit, keep_values
 from job.lora_sums import Layer, Sums
@@ -58,7 +58,7 @@ class _OneStep:
     """Before one of peft's layers: its forward pass in one step, where its adapter is plain LoRA."""
 
     together: _Together | None = None
-    base_in_fp8 = False
+    in_fp8: Places | None = None
     ends_layer = False
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -84,11 +84,12 @@ class LoraLinear(_OneStep, layer.Linear):  # type: ignore[misc]
     """peft's layer around a linear that is not quantized, in one step."""
 
 
-def in_one_step(model: nn.Module, base_in_fp8: bool = False, values_kept: bool = False) -> None:
+def in_one_step(model: nn.Module, base_in_fp8: Places | None = None, values_kept: bool = False) -> None:
     """Have every layer with LoRA compute it in one step where it can, and norms, gated MLPs and rotations too.
 
     Args:
-        base_in_fp8: have these layers multiply by their frozen weights in 8 bits while they learn.
+        base_in_fp8: have these layers multiply by their frozen weights in 8 bits while they learn, rounded as in the
+            step that this is moved to.
         values_kept: have the values of their 4-bit weights made once.
     """
     keep_less(model)
@@ -97,7 +98,7 @@ def in_one_step(model: nn.Module, base_in_fp8: bool = False, values_kept: bool =
     found: list[Any] = [module for module in model.modules() if type(module) in kinds]
     for lora in found:
         lora.__class__ = kinds[type(lora)]
-        lora.base_in_fp8 = base_in_fp8 and fp8.fits(lora.out_features, lora.in_features)
+        lora.in_fp8 = base_in_fp8 if fp8.fits(lora.out_features, lora.in_features) else None
         if values_kept and type(lora.base_layer) is FrozenLinear4bit:
             keep_values(lora.base_layer.weight.quant_state)
     classes = {type(module) for module in model.modules()}
@@ -153,7 +154,8 @@ def _sums(x: torch.Tensor, loras: list[Any]) -> tuple[torch.Tensor, ...]:
         tokens, features = mask or (None, None)
         share = dropout.p if mask else 0.0
         state = getattr(base["weight"], "quant_state", None)
-        layers.append(Layer(state, lora.scaling[ADAPTER], tokens, features, share, lora.base_in_fp8, lora.ends_layer))
+        wider = None if lora.in_fp8 is None else fp8.widened(lora.in_fp8.step)
+        layers.append(Layer(state, lora.scaling[ADAPTER], tokens, features, share, wider, lora.ends_layer))
         tensors += [base["weight"], base["bias"], a._parameters["weight"], b._parameters["weight"]]
     outputs: tuple[torch.Tensor, ...] = Sums.apply(  # type: ignore[no-untyped-call]
         x, layers, made_of(x), torch.is_grad_enabled(), *tensors

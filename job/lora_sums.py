@@ -22,15 +22,16 @@ PER_LAYER = 4
 
 class Layer(NamedTuple):
     """What is no tensor that autograd knows, of one layer: how its weight is quantized, its adapter's scale, the keys
-    and share of its dropout, whether it multiplies by its weight in 8 bits, and whether its output is all that its
-    decoder layer still adds, which nobody reads when that is computed again."""
+    and share of its dropout, how much wider its weight's scales are in 8 bits (`fp8.widened`), None where it multiplies
+    in 16, and whether its output is all that its decoder layer still adds, which nobody reads when that is computed
+    again."""
 
     state: QuantState | None
     scale: float
     tokens: torch.Tensor | None
     features: torch.Tensor | None
     share: float
-    fp8: bool
+    wider: float | None
     ends_layer: bool
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +60,7 @@ class Sums(torch.autograd.Function):
         outputs, rows = [], x.flatten(0, -2)
         lows = _lows(x, layers, tensors)
         unread = recomputing() and all(one.ends_layer for one in layers)
-        small = fp8.scaled(rows) if learns and not unread and any(one.fp8 for one in layers) else None
+        small = fp8.scaled(rows) if learns and not unread and any(one.wider for one in layers) else None
         for one, low, (weight, bias, _, b) in zip(layers, lows, _by_layer(tensors), strict=True):
             bias = None if bias is None else bias.to(x.dtype)
             if not learns:
@@ -70,7 +71,7 @@ class Sums(torch.autograd.Function):
             outputs.append(y)
             if unread:
                 continue
-            _fill(y.view(-1, len(b)), rows, small if one.fp8 else None, low, one, weight, bias, b)
+            _fill(y.view(-1, len(b)), rows, small, low, one, weight, bias, b)
         ctx.layers, ctx.shape, ctx.whole = layers, x.shape, parts is None
         keys = [key for one in layers for key in (one.tokens, one.features)]
         ctx.save_for_backward(*((x,) if parts is None else parts), *lows, *keys, *tensors)
@@ -114,7 +115,7 @@ def _input_gradient(ctx: Any, slopes: list[torch.Tensor], narrow: torch.Tensor, 
     adapters = [a for _, _, a, _ in _by_layer(tensors)]
     together = torch.cat(adapters) if len(adapters) > 1 else adapters[0]
     dropped = any(one.tokens is not None for one in ctx.layers)
-    small = all(one.fp8 for one in ctx.layers)
+    small = all(one.wider for one in ctx.layers)
     dx = None
     if dropped:
         narrows = torch.split_with_sizes(narrow, [len(a) for a in adapters], 1)
@@ -125,9 +126,9 @@ def _input_gradient(ctx: Any, slopes: list[torch.Tensor], narrow: torch.Tensor, 
         dx = narrow @ together
     wide = []
     for one, dy, (weight, *_) in zip(ctx.layers, slopes, _by_layer(tensors), strict=True):
-        if one.fp8:
+        if one.wider:
             wide.append(dy.new_empty(len(dy), ctx.shape[-1]))
-            fp8.backward(fp8.scaled(dy), weight, one.state, wide[-1])
+            fp8.backward(fp8.scaled(dy), weight, one.state, wide[-1], one.wider)
         else:
             matrix = dequantized(weight, one.state, dy.dtype)
             dx = dy @ matrix if dx is None else dx.addmm_(dy, matrix)
@@ -159,9 +160,9 @@ def _fill(
     bias: torch.Tensor | None,
     b: torch.Tensor,
 ) -> None:
-    """x W' + bias + scale low B' into y [N, out], of rows x [N, in], in 8 bits if `small` is them."""
-    if small is not None:
-        fp8.forward(small, weight, one.state, y)
+    """x W' + bias + scale low B' into y [N, out], of rows x [N, in], which `small` is in 8 bits."""
+    if small is not None and one.wider is not None:
+        fp8.forward(small, weight, one.state, y, one.wider)
         _added([y], low, b.T, one.scale)
         if bias is not None:
             y += bias

@@ -127,7 +127,8 @@ def _adapted(base: Any, config: RunConfig, plan: Plan) -> tuple[Any, Places, Row
     attention reads where it takes no mask."""
     model, places = add_adapter(base, config.lora, config.train.seed, base_name(config.model), DTYPE[plan.precision])
     if config.train.fused:
-        in_one_step(model, config.train.base_compute == "fp8", values_kept=plan.dequantize == "once")
+        in_fp8 = places if config.train.base_compute == "fp8" else None
+        in_one_step(model, in_fp8, values_kept=plan.dequantize == "once")
     rows = attend_by_rows(model) if plan.by_rows else None
     if plan.recompute != "none":
         layers = None if plan.recompute == "full" else plan.recompute

@@ -1,6 +1,8 @@
 """Products with the frozen base in 8 bits: how far they are from 16, and that what is trained stays in 16."""
 
 import copy
+import math
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -11,6 +13,7 @@ from torch import nn
 
 from job import fp8
 from job.config import parse_config
+from job.dropout import Places
 from job.errors import ConfigError
 from job.lora_linear import in_one_step
 from job.lora_sums import Sums
@@ -60,6 +63,30 @@ def test_rows_of_nothing_stay_nothing() -> None:
     assert not small.float().any() and bool((scales > 0).all())
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("quantized", [True, False], ids=["4 bits", "whole"])
+def test_over_steps_the_errors_of_a_rounded_weight_cancel(quantized: bool, turned: bool) -> None:
+    weight = some(64, 192)
+    packed, state = bnb.quantize_4bit(weight) if quantized else (weight, None)
+    exact = bnb.dequantize_4bit(packed, state) if quantized else weight
+    product, sizes = (fp8.backward, (64, 192)) if turned else (fp8.forward, (192, 64))
+    ones = fp8.scaled(torch.eye(sizes[0]))
+    found, total = [], torch.zeros(sizes)
+    for step in range(40):
+        seen = torch.empty(sizes)
+        product(ones, packed, state, seen, fp8.widened(step))
+        found.append(distance(seen, exact if turned else exact.T))
+        total += seen
+    assert all(0.02 < one < 0.04 for one in found), "each step's are as large as they were"
+    assert distance(total / 40, exact if turned else exact.T) < 0.003, "as if by chance it would be 0.0042"
+
+
+def test_scales_are_up_to_twice_as_wide_and_spread_evenly_from_the_first_steps_on() -> None:
+    wide = sorted(math.log2(fp8.widened(step)) for step in range(1000, 1008))
+    assert wide[0] >= 0 and wide[-1] < 1
+    assert max(after - before for before, after in pairwise([*wide, wide[0] + 1])) < 2 / 8
+
+
 def models() -> tuple[Any, Any, Any]:
     """peft's, ours in 16 bits and ours in 8."""
     torch.manual_seed(0)
@@ -71,7 +98,7 @@ def models() -> tuple[Any, Any, Any]:
     theirs.to(torch.bfloat16)
     ours, small = copy.deepcopy(theirs), copy.deepcopy(theirs)
     in_one_step(ours)
-    in_one_step(small, base_in_fp8=True)
+    in_one_step(small, Places(0))
     return theirs, ours, small
 
 
@@ -99,10 +126,10 @@ def test_weights_of_other_sizes_stay_in_16_bits() -> None:
         nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 32)).requires_grad_(False),
         peft.LoraConfig(r=4, target_modules=["0", "1"]),
     )
-    in_one_step(model, base_in_fp8=True)
+    in_one_step(model, Places(0))
     output = model(some(2, 4, 32))
     assert type(output.grad_fn).__name__.startswith(Sums.__name__)
-    assert not any(module.base_in_fp8 for module in model.modules() if hasattr(module, "base_in_fp8"))
+    assert all(module.in_fp8 is None for module in model.modules() if hasattr(module, "in_fp8"))
 
 
 @pytest.mark.parametrize(

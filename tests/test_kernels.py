@@ -138,6 +138,9 @@ def test_rows_in_eight_bits(width: int, dtype: torch.dtype) -> None:
         assert (not expected.any() and not row.any()) or distance(row, expected) < CUT
     expected = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1e-30)
     torch.testing.assert_close(scales, expected, rtol=1e-6, atol=0)
+    small, wide = eight_bits.rows_in_eight_bits(x, 1.7)
+    torch.testing.assert_close(wide[x.any(1)], 1.7 * expected[x.any(1)], rtol=1e-6, atol=0)
+    assert distance(small[0].float() * wide[0], x[0].float()) < CUT
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from job import linear
+from job import fp8, linear
 from job.dropout import Places, RowDropout
 from job.forward_code import called_alike
 from job.linear import FrozenLinear4bit
@@ -176,26 +176,35 @@ def test_values_of_4_bits_are_made_once_and_kept_where_asked(monkeypatch: pytest
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_values_in_8_bits_are_kept_in_8() -> None:
+def test_values_in_8_bits_are_kept_in_8_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     _, plain = both(quantized=True)
-    in_one_step(plain, base_in_fp8=True)
-    small, kept = copy.deepcopy(plain.bfloat16()), plain.bfloat16()
+    in_one_step(plain)
+    small, kept, places = copy.deepcopy(plain.bfloat16()), plain.bfloat16(), Places(0)
     for model in (small, kept):
         for module in model.modules():
             if isinstance(module, FrozenLinear4bit):
                 module.compute_dtype = torch.bfloat16
                 module.weight.quant_state.dtype = torch.bfloat16
             if isinstance(module, peft.tuners.lora.LoraLayer):
-                module.base_in_fp8 = True
+                module.in_fp8 = places
     for module in kept.modules():
         if isinstance(module, FrozenLinear4bit):
             linear.keep_values(module.weight.quant_state)
-    x = torch.randn(2, 8, WIDTH).bfloat16()
-    expected, first, second = learnt(small, x), learnt(kept, x), None
-    kept.zero_grad()
-    second = learnt(kept, x)
-    for name, value in expected.items():
-        assert torch.equal(first[name], value) and torch.equal(second[name], value), name
+    made: list[Any] = []
+    plainly = fp8.dequantized_anew
+    monkeypatch.setattr(fp8, "dequantized_anew", lambda *given: made.append(places.step) or plainly(*given))
+    x, outputs = torch.randn(2, 8, WIDTH).bfloat16(), []
+    for step in (3, 3, 4):
+        places.step = step
+        expected, count = learnt(small, x), len(made)
+        found = learnt(kept, x)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+        assert len(made) - count == (0 if step == 3 and outputs else 8), "four products forward and four back"
+        outputs.append(found["y"])
+        small.zero_grad()
+        kept.zero_grad()
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
     states = [one.weight.quant_state for one in kept.modules() if isinstance(one, FrozenLinear4bit)]
-    held = [value for state in states for value in state.kept_values.values()]
-    assert len(held) == 8 and all(numbers.dtype == torch.float8_e4m3fn for numbers, _ in held)
+    held = [numbers for state in states for _, (numbers, _) in state.kept_values.values()]
+    assert len(held) == 8 and all(numbers.dtype == torch.float8_e4m3fn for numbers in held)

@@ -14,12 +14,12 @@ TILES = {False: (16, 512), True: (128, 128)}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(x, out, scales, width, stride, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows(x, out, scales, width, stride, wider, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     inside = column < width
     value = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 0) / LARGEST, 1e-30)
+    scale = tl.maximum(tl.max(tl.abs(value), 0) * (wider / LARGEST), 1e-30)
     tl.store(out + row * width + column, (value / scale).to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 
@@ -53,14 +53,15 @@ def _weight(packed, out, scales, levels, absmax, code, outer, offset, height, wi
         tl.store(out + place, (value / scale).to(out.dtype.element_ty), mask=there & (column < width)[None, :])
 
 
-def rows_in_eight_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, K] as FP8 numbers [N, K] times scales [N, 1] in fp32, which take each row's largest to the type's."""
+def rows_in_eight_bits(x: torch.Tensor, wider: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, K] as FP8 numbers [N, K] times scales [N, 1] in fp32, which take each row's largest to the type's; or are
+    `wider` than that, up to twice."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=TYPE, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     columns = triton.next_power_of_2(x.shape[1])
     warps = min(max(columns // 512, 4), 16)
-    _rows[(len(x),)](x, out, scales, x.shape[1], x.stride(0), COLUMNS=columns, num_warps=warps)
+    _rows[(len(x),)](x, out, scales, x.shape[1], x.stride(0), wider, COLUMNS=columns, num_warps=warps)
     return out, scales
 
 
