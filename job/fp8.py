@@ -5,7 +5,7 @@ the type's, so that a row's outlier costs that row alone (Micikevicius et al. 20
 a scale a row); sums are made as the units do them fastest. What is trained is never rounded to 8 bits.
 
 Inputs are others in every step, the weight is the same: an adapter would learn to make up for how it was rounded, and
-that is not how it is used later. So the weight is rounded elsewhere in every step (see `widened`).
+that is not how it is used later. So every few steps the weight is rounded in another way (see `widened`).
 """
 
 import math
@@ -24,6 +24,8 @@ LARGEST = torch.finfo(TYPE).max
 MULTIPLE = 16
 """The product's sizes are multiples of it."""
 
+STEPS = 4
+"""For how many a weight is rounded in one way: so many that, kept, it costs little to make, few for learning."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 Scaled = tuple[torch.Tensor, torch.Tensor]
@@ -35,27 +37,20 @@ def fits(out_features: int, in_features: int) -> bool:
     return out_features % MULTIPLE == 0 and in_features % MULTIPLE == 0
 
 
-def scaled(x: torch.Tensor, wider: float = 1.0) -> Scaled:
-    """x [N, K] in 8 bits, with a scale a row.
-
-    Args:
-        wider: by how much scales are larger than they need be.
-    """
-    if x.is_cuda:
-        return eight_bits.rows_in_eight_bits(x, wider)
-    wide = x.float()
-    scales = (wide.abs().amax(1, keepdim=True) * (wider / LARGEST)).clamp_(min=1e-30)
-    return (wide / scales).to(TYPE), scales
+def scaled(x: torch.Tensor) -> Scaled:
+    """x [N, K] in 8 bits, with a scale a row."""
+    return _rounded(x, 1.0)
 
 
 def widened(step: int) -> float:
     """By how much a weight's scales are larger in this step than they need be, from 1 to below 2.
 
     The type has as many numbers between a power of two and the next as between the next two, so that what a value is
-    rounded by goes round once while its scale doubles. The golden ratio's multiples modulo 1 are spread evenly, however
-    many they are (Weyl 1916): over steps the errors of a value cancel.
+    rounded by goes round once while its scale doubles. Multiples of the golden ratio modulo 1 lie far apart, however
+    many they are (Knuth, The Art of Computer Programming, volume 3, section 6.4): over steps a value's errors cancel,
+    but for a factor of 0.9993 that all values share.
     """
-    return math.pow(2, step * GOLDEN % 1)
+    return math.pow(2, step // STEPS * GOLDEN % 1)
 
 
 def forward(x: Scaled, weight: torch.Tensor, state: Any, out: torch.Tensor, wider: float = 1.0) -> None:
@@ -92,11 +87,24 @@ def _weight(weight: torch.Tensor, state: Any, dtype: torch.dtype, wider: float, 
 
 
 def _made(weight: torch.Tensor, state: Any, dtype: torch.dtype, wider: float, turned: bool) -> Scaled:
-    if state is None or not weight.is_cuda or not eight_bits.readable(state):
-        matrix = weight.detach() if state is None else dequantized_anew(weight.detach(), state, dtype)
-        return scaled(matrix.T if turned else matrix, wider)
-    scales = _largest(state, turned) * wider
-    return eight_bits.weight_in_eight_bits(weight.detach(), state, scales, turned), scales
+    if _by_kernel(weight, state):
+        return eight_bits.weight_in_eight_bits(weight.detach(), state, _largest(state, turned), wider, turned)
+    matrix = weight.detach() if state is None else dequantized_anew(weight.detach(), state, dtype)
+    return _rounded(matrix.T if turned else matrix, wider)
+
+
+def _by_kernel(weight: torch.Tensor, state: Any) -> bool:
+    """Whether the weight goes from 4 bits to 8 without values in between."""
+    return state is not None and weight.is_cuda and eight_bits.readable(state)
+
+
+def _rounded(x: torch.Tensor, wider: float) -> Scaled:
+    """x [N, K] over a scale a row, that much wider than it need be."""
+    if x.is_cuda:
+        return eight_bits.rows_in_eight_bits(x, wider)
+    wide = x.float()
+    scales = (wide.abs().amax(1, keepdim=True) * (wider / LARGEST)).clamp_(min=1e-30)
+    return (wide / scales).to(TYPE), scales
 
 
 def _largest(state: Any, turned: bool) -> torch.Tensor:

@@ -95,7 +95,8 @@ def dequantized(weight: torch.Tensor, state: F.QuantState | None, dtype: torch.d
 
 
 def keep_values(state: F.QuantState) -> None:
-    """Have the values of the weight that this belongs to made once, at first use, and stay."""
+    """Have the values of the weight that this belongs to made once, at first use, and stay; those in 8 bits until they
+    are rounded in another way."""
     setattr(state, VALUES, {})
 
 

@@ -90,7 +90,7 @@ def in_one_step(model: nn.Module, base_in_fp8: Places | None = None, values_kept
     Args:
         base_in_fp8: have these layers multiply by their frozen weights in 8 bits while they learn, rounded as in the
             step that this is moved to.
-        values_kept: have the values of their 4-bit weights made once.
+        values_kept: have the values of their 4-bit weights kept.
     """
     keep_less(model)
     rotate_in_one_step(model)

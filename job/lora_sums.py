@@ -60,7 +60,7 @@ class Sums(torch.autograd.Function):
         outputs, rows = [], x.flatten(0, -2)
         lows = _lows(x, layers, tensors)
         unread = recomputing() and all(one.ends_layer for one in layers)
-        small = fp8.scaled(rows) if learns and not unread and any(one.wider for one in layers) else None
+        small = fp8.scaled(rows) if learns and not unread and any(one.wider is not None for one in layers) else None
         for one, low, (weight, bias, _, b) in zip(layers, lows, _by_layer(tensors), strict=True):
             bias = None if bias is None else bias.to(x.dtype)
             if not learns:
@@ -115,7 +115,7 @@ def _input_gradient(ctx: Any, slopes: list[torch.Tensor], narrow: torch.Tensor, 
     adapters = [a for _, _, a, _ in _by_layer(tensors)]
     together = torch.cat(adapters) if len(adapters) > 1 else adapters[0]
     dropped = any(one.tokens is not None for one in ctx.layers)
-    small = all(one.wider for one in ctx.layers)
+    small = all(one.wider is not None for one in ctx.layers)
     dx = None
     if dropped:
         narrows = torch.split_with_sizes(narrow, [len(a) for a in adapters], 1)
@@ -126,7 +126,7 @@ def _input_gradient(ctx: Any, slopes: list[torch.Tensor], narrow: torch.Tensor, 
         dx = narrow @ together
     wide = []
     for one, dy, (weight, *_) in zip(ctx.layers, slopes, _by_layer(tensors), strict=True):
-        if one.wider:
+        if one.wider is not None:
             wide.append(dy.new_empty(len(dy), ctx.shape[-1]))
             fp8.backward(fp8.scaled(dy), weight, one.state, wide[-1], one.wider)
         else:

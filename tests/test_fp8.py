@@ -2,7 +2,9 @@
 
 import copy
 import math
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -11,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from job import fp8
+from job import fp8, plan
 from job.config import parse_config
 from job.dropout import Places
 from job.errors import ConfigError
 from job.lora_linear import in_one_step
 from job.lora_sums import Sums
 from job.plan import make_plan
+from job.train import train
 from job.world import Hardware, World
 from tests.test_config import LEAST
 from tests.test_lora_together import Attention
@@ -74,17 +77,20 @@ def test_over_steps_the_errors_of_a_rounded_weight_cancel(quantized: bool, turne
     found, total = [], torch.zeros(sizes)
     for step in range(40):
         seen = torch.empty(sizes)
-        product(ones, packed, state, seen, fp8.widened(step))
+        product(ones, packed, state, seen, fp8.widened(step * fp8.STEPS))
         found.append(distance(seen, exact if turned else exact.T))
         total += seen
     assert all(0.02 < one < 0.04 for one in found), "each step's are as large as they were"
     assert distance(total / 40, exact if turned else exact.T) < 0.003, "as if by chance it would be 0.0042"
 
 
-def test_scales_are_up_to_twice_as_wide_and_spread_evenly_from_the_first_steps_on() -> None:
-    wide = sorted(math.log2(fp8.widened(step)) for step in range(1000, 1008))
-    assert wide[0] >= 0 and wide[-1] < 1
-    assert max(after - before for before, after in pairwise([*wide, wide[0] + 1])) < 2 / 8
+def test_a_weight_is_rounded_anew_every_few_steps_wherever_they_begin() -> None:
+    steps = range(1000 * fp8.STEPS, 1008 * fp8.STEPS)
+    wide = [math.log2(fp8.widened(step)) for step in steps]
+    assert len(set(wide)) == 8 and wide[0] == wide[fp8.STEPS - 1] != wide[fp8.STEPS]
+    assert min(wide) >= 0 and max(wide) < 1
+    spread = sorted({*wide, min(wide) + 1})
+    assert max(after - before for before, after in pairwise(spread)) < 2 / 8, "chance leaves wider gaps"
 
 
 def models() -> tuple[Any, Any, Any]:
@@ -177,3 +183,23 @@ def test_what_does_not_go_with_it_is_refused(hardware: Hardware, overrides: list
 
 def test_on_hopper_it_goes() -> None:
     assert make_plan(parse_config(LEAST, ["train.base_compute=fp8"]), World(), H200).precision == "bf16"
+
+
+def test_a_run_rounds_by_its_steps_and_goes_on_so(
+    run_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "fp8_faults", lambda *_: [])
+    rounded: dict[str, list[float]] = {"forward": [], "backward": []}
+    for name, seen in rounded.items():
+        product = getattr(fp8, name)
+        monkeypatch.setattr(
+            fp8, name, lambda *given, product=product, seen=seen: (seen.append(given[-1]), product(*given))
+        )
+    ways = [fp8.widened(step) for step in (0, 4, 8)]
+    common = {"base_compute": "fp8", "precision": "bf16", "global_batch_size": 2, "micro_batch_size": 1}
+    for steps, expected in ((6, ways[:2]), (10, ways[1:])):
+        path = run_file("run", lora={"dropout": 0.0}, train=common | {"max_steps": steps})
+        train(parse_config(path.read_text()), World(), lambda line: None)
+        for seen in rounded.values():
+            assert [wider for wider, _ in groupby(seen)] == expected
+            seen.clear()

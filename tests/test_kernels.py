@@ -146,15 +146,34 @@ def test_rows_in_eight_bits(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False], ids=["scales in 8 bits", "scales as they are"])
 @pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "turned"])
-def test_four_bits_become_eight(turned: bool, nested: bool, kind: str) -> None:
+@pytest.mark.parametrize("wider", [1.0, 1.7])
+def test_four_bits_become_eight(wider: float, turned: bool, nested: bool, kind: str) -> None:
     weight = some(200, 192) * torch.logspace(-2, 2, 200).to(ON)[:, None]
     packed, state = bnb.quantize_4bit(weight, compress_statistics=nested, quant_type=kind)
     exact = bnb.dequantize_4bit(packed, state)
     exact = exact.T if turned else exact
     scales = fp8._largest(state, turned)
-    found = eight_bits.weight_in_eight_bits(packed, state, scales, turned)
+    found, wide = eight_bits.weight_in_eight_bits(packed, state, scales, wider, turned)
     assert eight_bits.readable(state) and found.shape == exact.shape and bool((found.float().abs() <= 448).all())
-    assert distance(found.float() * scales, exact) < CUT
+    torch.testing.assert_close(wide, wider * scales, rtol=1e-6, atol=0)
+    assert distance(found.float() * wide, exact) < CUT
+
+
+@pytest.mark.parametrize("wider", [1.0, 1.7])
+def test_a_product_with_four_bits_that_became_eight(wider: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "eight_bits", eight_bits, raising=False)
+    monkeypatch.setattr(fp8, "_by_kernel", lambda weight, state: eight_bits.readable(state))
+    given: list[float] = []
+    plain = eight_bits.weight_in_eight_bits
+    monkeypatch.setattr(eight_bits, "weight_in_eight_bits", lambda *all_: given.append(all_[3]) or plain(*all_))
+    packed, state = bnb.quantize_4bit(some(96, 128), compress_statistics=True)
+    exact = bnb.dequantize_4bit(packed, state)
+    x, dy = some(32, 128, seed=1), some(32, 96, seed=2)
+    y, dx = (torch.empty(32, width, dtype=torch.bfloat16, device=ON) for width in (96, 128))
+    fp8.forward(fp8.scaled(x), packed, state, y, wider)
+    fp8.backward(fp8.scaled(dy), packed, state, dx, wider)
+    assert distance(y, x @ exact.T) < 2 * CUT and distance(dx, dy @ exact) < 2 * CUT
+    assert given == [wider, wider]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

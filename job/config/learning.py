@@ -250,8 +250,8 @@ class Train(Section):
     number is that of so many layers, auto of as few as a GPU can do with by the plan; off is none. Free."""
     dequantize: Free[Literal["auto", "always", "once"]] = "auto"
     """once keeps the values of 4-bit weights that have an adapter, at 2 bytes each, instead of making them for every
-    product: faster, the same numbers. auto is once where the plan says that a GPU holds them with room to spare, else
-    always; off is always. Free."""
+    product, in fp8 for four steps: faster, the same numbers. auto is once where the plan says that a GPU holds them
+    with room to spare, else always; off is always. Free."""
     fused: Free[bool] = True
     """Compute the adapter in one step with its linear, norms and gated MLPs in one step each, and the loss a chunk of
     positions at a time, where the model allows it; off (false) leaves all to peft, transformers and torch. The numbers
@@ -260,8 +260,8 @@ class Train(Section):
     """Seed of adapter initialisation, order and dropout. Fixed."""
     base_compute: Fixed[Literal["bf16", "fp8"]] = "bf16"
     """Products with frozen weights that have an adapter: bf16 means train.precision, fp8 8-bit floats with a scale for
-    each row, faster on GPUs from Hopper on; a product of normal weights is then 9.9% off what it was before nf4, which
-    alone makes 9.2%. Evaluation stays as it is. Fixed."""
+    each row, rounded otherwise every four steps, faster on GPUs from Hopper on; a product of normal weights is then
+    9.9% off what it was before nf4, which alone makes 9.2%. Evaluation stays as it is. Fixed."""
     max_hours: Extendable[float | None] = Field(default=None, gt=0)
     """Hours after which this start of the run saves and stops, train.stop_grace_s before; off (null) is no limit.
     Extendable."""

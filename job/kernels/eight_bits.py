@@ -25,7 +25,7 @@ def _rows(x, out, scales, width, stride, wider, COLUMNS: tl.constexpr):  # type:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _weight(packed, out, scales, levels, absmax, code, outer, offset, height, width, INNER: tl.constexpr, OUTER: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _weight(packed, out, wide, scales, wider, levels, absmax, code, outer, offset, height, width, INNER: tl.constexpr, OUTER: tl.constexpr, NESTED: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     GROUPS: tl.constexpr = COLUMNS // INNER
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -43,14 +43,16 @@ def _weight(packed, out, scales, levels, absmax, code, outer, offset, height, wi
     value = tl.reshape(value, (ROWS, COLUMNS))
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if TURNED:
-        scale = tl.load(scales + column, mask=column < width, other=1.0)[None, :]
-        small = tl.trans((value / scale).to(out.dtype.element_ty))
+        scale = tl.load(scales + column, mask=column < width, other=1.0) * wider
+        tl.store(wide + column, scale, mask=(column < width) & (tl.program_id(0) == 0))
+        small = tl.trans((value / scale[None, :]).to(out.dtype.element_ty))
         place = column[:, None].to(tl.int64) * height + row[None, :]
         tl.store(out + place, small, mask=(column < width)[:, None] & (row < height)[None, :])
     else:
-        scale = tl.load(scales + row, mask=row < height, other=1.0)[:, None]
+        scale = tl.load(scales + row, mask=row < height, other=1.0) * wider
+        tl.store(wide + row, scale, mask=(row < height) & (tl.program_id(1) == 0))
         place = row[:, None] * width + column[None, :]
-        tl.store(out + place, (value / scale).to(out.dtype.element_ty), mask=there & (column < width)[None, :])
+        tl.store(out + place, (value / scale[:, None]).to(out.dtype.element_ty), mask=there & (column < width)[None, :])
 
 
 def rows_in_eight_bits(x: torch.Tensor, wider: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +63,7 @@ def rows_in_eight_bits(x: torch.Tensor, wider: float = 1.0) -> tuple[torch.Tenso
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     columns = triton.next_power_of_2(x.shape[1])
     warps = min(max(columns // 512, 4), 16)
-    _rows[(len(x),)](x, out, scales, x.shape[1], x.stride(0), wider, COLUMNS=columns, num_warps=warps)
+    _rows[(len(x),)](x, out, scales, x.shape[1], x.stride(0), float(wider), COLUMNS=columns, num_warps=warps)
     return out, scales
 
 
@@ -71,21 +73,26 @@ def readable(state: Any) -> bool:
     return bool(inner & (inner - 1) == 0 and 64 <= inner <= 128 and state.shape[1] % inner == 0)
 
 
-def weight_in_eight_bits(packed: torch.Tensor, state: Any, scales: torch.Tensor, turned: bool) -> torch.Tensor:
-    """The values of a weight [out, in] that bitsandbytes packed, over `scales`, as FP8 numbers.
+def weight_in_eight_bits(
+    packed: torch.Tensor, state: Any, scales: torch.Tensor, wider: float, turned: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of a weight [out, in] that bitsandbytes packed as FP8 numbers, times scales in fp32.
 
     Args:
-        scales: fp32, one for each row [out], or, `turned`, for each column [in]; no value is larger than 448 of them.
+        scales: fp32, one for each row [out, 1], or, `turned`, for each column [in, 1]; no value is larger than 448 of
+            them.
+        wider: by how much the scales that are given back are larger than these, 1 to 2.
         turned: give [in, out].
     """
     height, width = state.shape
     out = torch.empty((width, height) if turned else (height, width), dtype=TYPE, device=packed.device)
+    wide = torch.empty_like(scales)
     nested = state.state2 if state.nested else None
     more = (nested.code, nested.absmax, state.offset) if nested else (state.code, state.absmax, state.code)
     rows, columns = TILES[turned]
     _weight[(triton.cdiv(height, rows), triton.cdiv(width, columns))](
-        packed.view(torch.uint8), out, scales, state.code, state.absmax, *more, height, width,
+        packed.view(torch.uint8), out, wide, scales, float(wider), state.code, state.absmax, *more, height, width,
         INNER=state.blocksize, OUTER=nested.blocksize if nested else 1, NESTED=bool(nested), TURNED=turned,
         ROWS=rows, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
-    return out
+    return out, wide
