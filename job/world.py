@@ -1,7 +1,10 @@
 """Where this process woke up: its rank among how many, the job it belongs to, the machine beneath it."""
 
 import os
+import random
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -35,6 +38,16 @@ def cores() -> int:
         return max(min(there, int(quota) // int(period)), 1)
     except (OSError, ValueError):  # no control group, or no limit ("max")
         return there
+
+
+def free_port() -> int:
+    """A port of this machine on which ranks can meet: below 32768, from where on Linux gives out ports by itself, or
+    another process might be given it before they listen."""
+    while True:
+        port = random.SystemRandom().randrange(12000, 20000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def ranks_on(processes: Literal["all"] | int, gpus: int) -> int:

@@ -1,18 +1,24 @@
 """Several ranks of `qlora train` on this machine, started as any launcher does: by environment variables."""
 
+import os
+import random
 import socket
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from tests.forked import Command, Done
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, nor is given until it is bound: neither by the system, which gives those from
+    32768 on, nor by another worker of pytest, nor as one for workers of this machine."""
+    first = 20000 + 6000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2)
+    while True:
+        port = random.SystemRandom().randrange(first, first + 6000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(count: int, *words: str | Path, per_node: int = 0, env: Mapping[str, str] | None = None) -> list[Done]:

@@ -117,14 +117,14 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
 
 @pytest.fixture
 def endless(run_file: RunFile, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
-    """Starts a run of two workers that has taken its first step."""
+    """Starts a run of two workers that has taken its first step, and noted it."""
 
     def start() -> subprocess.Popen[str]:
         config = run_file("endless", train={**SHARED["train"], "max_steps": 100_000})
         words = [str(word) for word in launchers(config)["qlora"]]
         log = open(tmp_path / "log", "w")  # noqa: SIM115 - the process's own
         process = subprocess.Popen(words, stdout=log, stderr=log, env=ENV, cwd=REPOSITORY, text=True)
-        wait_for(lambda: "step 1/" in (tmp_path / "log").read_text())
+        wait_for(lambda: "step 2/" in (tmp_path / "log").read_text())
         return process
 
     return start
@@ -215,7 +215,7 @@ def test_no_worker_goes_before_the_first_has_written_what_the_run_leaves(run_fil
     with open(tmp_path / "log", "w") as log:
         env = {**ENV, "PYTHONPATH": str(slow.parent)}
         process = subprocess.Popen(words, stdout=log, stderr=log, env=env, cwd=REPOSITORY, text=True)
-    wait_for(lambda: "step 1/" in (tmp_path / "log").read_text())
+    wait_for(lambda: "step 2/" in (tmp_path / "log").read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75, (tmp_path / "log").read_text()
     assert '"interrupted"' in (tmp_path / "out/endless/status.json").read_text()

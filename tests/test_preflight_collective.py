@@ -41,6 +41,8 @@ def patched(tensor, *arguments, **named):
         return all_reduce(tensor, *arguments, **named)
     {}
 dist.all_reduce = patched
+import job.preflight.collective
+open(os.environ["READY"], "w").close()
 sys.argv = ["qlora", *sys.argv[1:]]
 from job.cli import main
 main()
@@ -53,7 +55,8 @@ FAILS = "raise RuntimeError('NIC mlx5_3 is down')"
 
 
 def run_patched(path: Path, tmp_path: Path, last: str, count: int = 2, here: int = 1, *words: str) -> list[Done]:
-    """Ranks of the check, of which the last one's all-reduce does what `last` says."""
+    """Ranks of the check, of which the last one's all-reduce does what `last` says: it has imported what it takes when
+    the others, which are forked from a process that has, begin to wait for it."""
     place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     names = ",".join("abcdef"[: count // here])
     words = ("preflight", str(path), "--nodes", names, "--timeout", "40", *words)
@@ -62,16 +65,19 @@ def run_patched(path: Path, tmp_path: Path, last: str, count: int = 2, here: int
         return {name: str(n) for name, n in {**place, "RANK": rank, "LOCAL_RANK": rank % here}.items()}
 
     with ExitStack() as stack:
-        ranks = [stack.enter_context(Command(*words, env=env(rank))) for rank in range(count - 1)]
         patched = subprocess.Popen(
             [sys.executable, "-c", PATCHED.format(last), *words],
-            env={**os.environ, **NO_GPU, **env(count - 1)},
+            env={**os.environ, **NO_GPU, **env(count - 1), "READY": str(tmp_path / "ready")},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         stack.callback(patched.kill)
+        while not (tmp_path / "ready").exists():
+            assert patched.poll() is None, patched.communicate()
+            time.sleep(0.05)
+        ranks = [stack.enter_context(Command(*words, env=env(rank))) for rank in range(count - 1)]
         done = [rank.wait() for rank in ranks]
         out, err = patched.communicate(timeout=60)
         return [*done, Done(patched.returncode, out, err)]

@@ -234,7 +234,7 @@ def test_a_file_named_stop_in_the_output_folder_stops_the_run(run_file: RunFile,
 
 def test_a_time_limit_ends_the_run_ahead_of_it_on_all_ranks(run_file: RunFile, tmp_path: Path) -> None:
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 45)}
-    ranks = run_ranks(2, "train", run_file(train={"micro_batch_size": 1}), ENDLESS, "train.stop_grace_s=25", env=end)
+    ranks = run_ranks(2, "train", run_file(train={"micro_batch_size": 1}), ENDLESS, "train.stop_grace_s=10", env=end)
     assert {one.code for one in ranks} == {75}, ranks[0].err
     out = tmp_path / "out/run"
     assert status(out)["reason"] == "the time limit" and newest(out) == len(losses(out)) > 0

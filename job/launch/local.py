@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from job.errors import InputError, Interrupted, OutputError
 from job.launch.blame import first_failure
 from job.run_folder import RunFolder
 from job.stop import SIGNALS
-from job.world import ranks_on
+from job.world import free_port, ranks_on
 
 LAST_WORDS_S = 10.0
 """How long the others may go on when one worker has ended with a fault: they mostly have the same one."""
@@ -52,7 +51,7 @@ def start(config: RunConfig, words: Sequence[str], count: int, gpus: int, say: S
     threads = max(len(os.sched_getaffinity(0)) // count, 1)
     where = f"{count} GPUs" if gpus else f"this CPU, {threads} thread{'s' if threads > 1 else ''} each"
     say(f"{count} workers on {where}")
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory(prefix="qlora-workers-") as folder:
         watch = _Watch()
         running = watch.running
@@ -185,12 +184,6 @@ def _lines_of(rank: int, folder: str) -> list[str]:
     """What a worker said, behind its number; nothing of the first, which speaks for itself."""
     text = Path(folder, str(rank)).read_text(errors="replace").strip() if rank else ""
     return [f"[{rank}] {line}" for line in text.splitlines()]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _die_with_parent() -> None:

@@ -1,7 +1,6 @@
 """What `qlora preflight` does: one node's line, this machine alone, or a rank among others."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from job.errors import JobError
 from job.hardware import count_gpus
 from job.preflight.judge import Verdict, judge
 from job.preflight.probe import probe
-from job.world import World, ranks_on, started_by_launcher
+from job.world import World, free_port, ranks_on, started_by_launcher
 
 Say = Callable[[str], None]
 ENDING_S = 60.0
@@ -91,10 +90,7 @@ def _tell(verdict: Verdict, options: Options, show: Say) -> None:
 
 def _workers(count: int, words: Sequence[str], options: Options) -> int:
     """The check in workers of this machine; each ends by itself, for the check has a time limit."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     running = []
     try:
         for rank in range(count):

@@ -71,7 +71,10 @@ class Batch:
 
 def is_rank(pid: int) -> bool:
     """Whether this process is `qlora train`."""
-    return b"\0job\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    try:
+        return b"\0job\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return False
 
 
 def env_of(pid: int) -> dict[str, str]:

@@ -57,7 +57,7 @@ SlurmdParameters=config_overrides
 SlurmdTimeout=10
 MessageTimeout=5
 ReturnToService=2
-KillWait=5
+KillWait={kill_wait_s}
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 DefMemPerCPU={memory_per_cpu_mb}
@@ -100,7 +100,11 @@ class Cluster:
 
     def field(self, job_id: int, name: str) -> str:
         """One field of a job as `scontrol show job` calls it; it knows ended jobs as well."""
-        done = self.command("scontrol", "--oneliner", "show", "job", str(job_id))
+        for _ in range(3):  # a controller that is busy may leave one unanswered
+            done = self.command("scontrol", "--oneliner", "show", "job", str(job_id))
+            if done.returncode == 0:
+                break
+            time.sleep(1)
         assert done.returncode == 0, done.stderr
         return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)[name]
 
@@ -162,7 +166,14 @@ class Cluster:
 
 @contextmanager
 def slurm(
-    folder: Path, nodes: Mapping[str, int], *, cpus: int = 4, memory_mb: int = 4000, requeue_s: int = 8, more: str = ""
+    folder: Path,
+    nodes: Mapping[str, int],
+    *,
+    cpus: int = 4,
+    memory_mb: int = 4000,
+    requeue_s: int = 8,
+    kill_wait_s: int = 5,
+    more: str = "",
 ) -> Iterator[Cluster]:
     """Bring up a SLURM whose nodes are idle, all of it gone at the end, however that comes.
 
@@ -173,6 +184,7 @@ def slurm(
         cpus: that each node says it has.
         requeue_s: how long a requeued job waits before it may start again, which is as long as a permit to start its
             tasks holds: two minutes, unless this says otherwise.
+        kill_wait_s: how long what was sent SIGTERM has until SIGKILL.
         more: lines at the end of slurm.conf.
     """
     assert list(nodes) == [f"n{number + 1}" for number in range(len(nodes))], "hosts are named so"
@@ -181,6 +193,7 @@ def slurm(
         conf = SLURM_CONF.format(
             controller=controller,
             requeue_s=requeue_s,
+            kill_wait_s=kill_wait_s,
             memory_per_cpu_mb=memory_mb // cpus,
             nodes="\n".join(_node(host, nodes[host.name], cpus, memory_mb) for host in workers),
             more=more,

@@ -21,7 +21,7 @@ from tests.conftest import losses, metrics, qlora
 from tests.s3 import BUCKET, S3, SECRET
 
 RunFile = Callable[..., Path]
-STEPS = 80
+STEPS = 120
 EVERY = "checkpoint.every_steps=4"
 
 

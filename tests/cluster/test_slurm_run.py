@@ -61,7 +61,7 @@ def test_two_nodes_of_two_ranks_have_the_losses_of_one_process_and_write_to_s3(
 
 def test_two_jobs_at_once_share_nodes_but_neither_gpus_nor_ports(run_of: RunFile, tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
-    with slurm(tmp_path / "slurm", {"n1": 4, "n2": 4}) as cluster:
+    with slurm(tmp_path / "slurm", {"n1": 4, "n2": 4}, kill_wait_s=60) as cluster:
         configs = [run_of(name) for name in ("one", "other")]
         env = {"QLORA_PREFLIGHT": "off"}  # these GPUs are no GPUs
         jobs = [

@@ -60,14 +60,15 @@ def test_a_start_that_the_time_limit_ends_is_followed_by_one_that_finishes_even_
         return cluster.command(sys.executable, "-m", "job", "status", path, cwd=tmp_path / "work").stdout
 
     config, hangs = (run_of(name, max_steps=STEPS) for name in ("limited", "hangs"))
-    words = ("--time=20", "--signal=B:USR1@170", "--nodelist=n1,n2", ZERO3, config, SHORT_GRACE)
-    limited = Batch(cluster, tmp_path / "work", *words)
     words = ("--time=20", "--signal=B:USR1@1", "--nodelist=n3", SINGLE, hangs, "checkpoint.every_steps=2")
     late = Batch(cluster, tmp_path / "work", *words)
     late.wait_for("step 5/60")
+    cluster.until(lambda: status(hangs)["checkpoint"] >= 4)
     (rank,) = ranks_on(cluster, "n3")
     with stuck(rank):
         limit(late, 1)
+        warned = ("--time=20", "--signal=B:USR1@170", "--nodelist=n1,n2", ZERO3, config, SHORT_GRACE)
+        limited = Batch(cluster, tmp_path / "work", *warned)
         limited.wait_for("step 5/60")
         limit(limited, 3)
         crawl(ranks_on(cluster, "n1", "n2"), lambda: "SLURM gives notice" in limited.said())
@@ -185,6 +186,7 @@ def test_a_rank_that_is_gone_on_another_node_is_started_again_unless_it_said_why
     config = run_of("gone")
     batch = Batch(cluster, tmp_path / "work", ZERO3, config, ENDLESS, "checkpoint.every_steps=2")
     batch.wait_for("step 5/")
+    cluster.until(lambda: status(config)["checkpoint"] >= 2)
     (rank,) = [pid for pid in cluster.hosts["n2"].python_processes() if is_rank(pid)]
     os.kill(rank, signal.SIGKILL)
     batch.wait_for("start again: requeued")

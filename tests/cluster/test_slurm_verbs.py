@@ -140,7 +140,7 @@ def place(cluster: Cluster, tmp_path: Path) -> Place:
 
 
 def test_a_run_is_submitted_watched_and_followed_to_its_end(place: Place) -> None:
-    place.script("env >environment" + FINISHES)
+    place.script("env >environment" + FINISHES.replace("sleep 2", "until [[ -e go ]]; do sleep 0.1; done; sleep 2"))
     (place.folder / ".env").write_text("HF_TOKEN=hf_secret\n")
     assert place.qlora("status", "run.yaml") == f"run {place.folder}/out: has not begun\n"
     number = place.submit("--time", "30")
@@ -152,6 +152,7 @@ def test_a_run_is_submitted_watched_and_followed_to_its_end(place: Place) -> Non
     assert f"job {number}: RUNNING" in place.qlora("status"), "all jobs of this user"
     (standing,) = json.loads(place.qlora("status", "--job", str(number), "--json"))
     assert standing["run"]["status"]["state"] == "running" and 0 < standing["job"]["left"] <= 1800
+    (place.folder / "go").touch()
     code, log = place.followed(running)
     assert "hf_secret" not in (place.folder / "environment").read_text(), "the job reads .env itself"
     assert code == 0 and "batch | start 0\n" in log and all(f"n1 | [0] step {n}\n" in log for n in (1, 2, 3)), log
@@ -194,8 +195,8 @@ def test_a_requeued_job_is_followed_through(place: Place) -> None:
     place.script(REQUEUED)
     number = place.submit()
     running = place.follow()
-    said = place.until_it_says("put back into the queue")
-    assert "BeginTime" in said and "restarted once" in said
+    said = place.until_it_says("(BeginTime)")
+    assert "put back into the queue" in said and "restarted once" in said
     place.cluster.hurry(number)
     code, log = place.followed(running)
     assert code == 0 and "batch | start 0\n" in log and "batch | start 1\n" in log and "PENDING" in log, log
@@ -238,8 +239,10 @@ def test_a_sweep_is_an_array_whose_runs_are_told_apart(place: Place) -> None:
     (place.folder / "sweep").write_text("lora.rank=8\nlora.rank=16\n")
     (place.folder / "job.sh").write_text("#!/bin/bash\n#SBATCH --output=qlora-%A_%a.log\necho task; sleep 300\n")
     number = place.submit("--array-sweep", "sweep", "--option=--array=1-2%1")
-    said = place.until_it_says(f"job {number}_1: RUNNING")
-    assert f"run {place.folder}/out/1: has not begun" in said and f"job {number}_2: PENDING: as many tasks" in said
+    said = place.until_it_says(f"job {number}_2: PENDING: as many tasks")
+    assert f"run {place.folder}/out/1: has not begun" in said and f"job {number}_1: RUNNING" in said
+    log = place.folder / f"qlora-{number}_1.log"
+    place.cluster.until(lambda: log.exists() and log.read_text())
     assert place.qlora("logs", "run.yaml") == "batch | task\n"
     place.qlora("cancel", "run.yaml")
     assert place.cluster.wait(number) == "CANCELLED"
