@@ -4,7 +4,8 @@
 
 Prints, in the order of their beginning, which functions of the package were at work for how long, which libraries they
 were in, and where these were most often; what took less than a fifth of a second is left out. Ends with the first step;
-takes a run of one process. Results with date and hardware: bench/RESULTS.md.
+takes a run of one process. Says too how many modules had to be compiled and will be again, which takes longer than all
+else (`python -m compileall` on where they are). Results with date and hardware: bench/RESULTS.md.
 """
 
 import sys
@@ -46,6 +47,13 @@ def look(frame: FrameType | None, at: float) -> Seen:
     return Seen(at, place, tuple(dict.fromkeys(libraries)), inside)
 
 
+def compiled_each_time() -> int:
+    """How many modules' bytecode is kept nowhere."""
+    specs = [getattr(module, "__spec__", None) for module in tuple(sys.modules.values())]
+    kept = [getattr(spec, "cached", None) for spec in specs]
+    return sum(not Path(one).exists() for one in kept if one)
+
+
 def main() -> None:
     begun, main_thread = time.time(), threading.main_thread().ident
     seen: list[Seen] = []
@@ -81,7 +89,7 @@ def main() -> None:
                 (inside, times), *_ = Counter(one.inside for one in found).most_common(1)
                 most = f"{names}; {times * EVERY_S:.2f} s in {inside}"
                 print(f"{found[0].at:7.2f} {len(found) * EVERY_S:6.2f} s  {place:45} {most}")
-        print(f"{seen[-1].at:7.2f} s until the first step was done")
+        print(f"{seen[-1].at:7.2f} s until the first step was done; {compiled_each_time()} modules have no bytecode")
 
 
 if __name__ == "__main__":
