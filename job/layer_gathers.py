@@ -165,13 +165,16 @@ class _Layers:
             self._begin(following)
 
     def release(self, module: nn.Module, forward: bool) -> None:
-        """Let the layer go, unless its backward pass comes now: it is computed again, or was the last, or the head."""
-        place = self.places[module]
+        """Let the layer go, unless its backward pass comes now: it is computed again, or nothing comes behind it. So the
+        last one makes room for the head, and comes again when that has taken the loss."""
+        place, end = self.places[module], len(self.layers) - 1
         if place > self.last and forward:
             (self.done.add if getattr(module, "took_loss", False) else self.done.discard)(place)
-        if forward and place not in self.done and (_in_backward() or (module.training and place >= self.last)):
+        if forward and place not in self.done and (_in_backward() or (module.training and place == end)):
             return
         self._let_go(place)
+        if forward and place > self.last and module.training and self.ahead:
+            self._begin(self.last)
 
     def release_all(self) -> None:
         """Let all layers go that are here or on their way, or were gathered because another one asked for them."""
