@@ -160,21 +160,25 @@ class _Layers:
             held.work = None
             self.layers[place].show(held.buffer)
         following = place + 1 if onward else place - 1
-        inside = following < len(self.layers) if onward else following >= self.first
-        if self.ahead and inside and following not in self.held:
-            self._begin(following)
+        if following <= self.last if onward else following >= self.first:
+            self._send_for(following)
 
     def release(self, module: nn.Module, forward: bool) -> None:
-        """Let the layer go, unless its backward pass comes now: it is computed again, or nothing comes behind it. So the
-        last one makes room for the head, and comes again when that has taken the loss."""
+        """Let the layer go, unless its backward pass comes now: it is computed again, or nothing comes behind it.
+
+        At the end, when there are most activations, the head is sent for when the last layer has gone, and this one
+        again when the head has taken the loss.
+        """
         place, end = self.places[module], len(self.layers) - 1
         if place > self.last and forward:
             (self.done.add if getattr(module, "took_loss", False) else self.done.discard)(place)
         if forward and place not in self.done and (_in_backward() or (module.training and place == end)):
             return
         self._let_go(place)
-        if forward and place > self.last and module.training and self.ahead:
-            self._begin(self.last)
+        if forward and place == self.last < end:
+            self._send_for(end)
+        elif forward and place > self.last and module.training:
+            self._send_for(self.last)
 
     def release_all(self) -> None:
         """Let all layers go that are here or on their way, or were gathered because another one asked for them."""
@@ -193,6 +197,10 @@ class _Layers:
             self.views[id(whole)] = whole.views(buffer)
             whole.show(buffer)
         whole.gather(self.views[id(whole)]).wait()
+
+    def _send_for(self, place: int) -> None:
+        if self.ahead and place not in self.held:
+            self._begin(place)
 
     def _begin(self, place: int) -> _Held:
         layer = self.layers[place]

@@ -80,21 +80,8 @@ class _Loss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(states), rows):
             part = slice(start, start + rows)
-            logits = nn.functional.linear(states[part], weight, bias)
-            if logits.is_cuda:
-                total += losses_in_place(logits, wanted[part], ignored, gradient is not None).sum(dtype=torch.float64)
-                if gradient is not None:
-                    torch.mm(logits, weight, out=gradient[part])
-                continue
-            logits = logits.float()
-            learnt = (wanted[part] != ignored).unsqueeze(1)
-            places = wanted[part].unsqueeze(1).where(learnt, 0)
-            norms = logits.logsumexp(1, keepdim=True)
-            total += (norms - logits.gather(1, places)).where(learnt, 0).sum(dtype=torch.float64)
-            if gradient is not None:  # softmax less the target, in the place of the logits
-                slopes = logits.sub_(norms).exp_()
-                slopes.scatter_add_(1, places, slopes.new_full((), -1.0).expand_as(places))
-                torch.mm(slopes.masked_fill_(~learnt, 0).to(hidden.dtype), weight, out=gradient[part])
+            slot = None if gradient is None else gradient[part]
+            total += _of_chunk(states[part], weight, bias, wanted[part], ignored, slot)
         ctx.shape = hidden.shape
         ctx.save_for_backward(gradient)
         return total.float()
@@ -103,3 +90,31 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0]).to(gradient.dtype).view(ctx.shape), None, None, None, None
+
+
+def _of_chunk(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    wanted: torch.Tensor,
+    ignored: int,
+    gradient: torch.Tensor | None,
+) -> torch.Tensor:
+    """The sum of losses of states [N, H] in fp64, and the states' gradient into `gradient` [N, H] if there is one; what
+    it takes is gone before the next chunk."""
+    logits = nn.functional.linear(states, weight, bias)
+    if logits.is_cuda:
+        total = losses_in_place(logits, wanted, ignored, gradient is not None).sum(dtype=torch.float64)
+        if gradient is not None:
+            torch.mm(logits, weight, out=gradient)
+        return total
+    logits = logits.float()
+    learnt = (wanted != ignored).unsqueeze(1)
+    places = wanted.unsqueeze(1).where(learnt, 0)
+    norms = logits.logsumexp(1, keepdim=True)
+    total = (norms - logits.gather(1, places)).where(learnt, 0).sum(dtype=torch.float64)
+    if gradient is not None:  # softmax less the target, in the place of the logits
+        slopes = logits.sub_(norms).exp_()
+        slopes.scatter_add_(1, places, slopes.new_full((), -1.0).expand_as(places))
+        torch.mm(slopes.masked_fill_(~learnt, 0).to(states.dtype), weight, out=gradient)
+    return total

@@ -193,30 +193,29 @@ def beside_layers(took_loss: bool) -> None:
     made = engine(again=False, ours=True)
     # who asks a module for them, gets them gathered
     words, last = made.module.words.weight, made.module.last.weight
-    bases = [layer.base.weight for layer in made.module.layers]
     made.module.last.took_loss = took_loss
-    begun, layers = [], made.optimizer.parameter_offload.get_param_coordinator().layers
+    begun, layers, head = [], made.optimizer.parameter_offload.get_param_coordinator().layers, LAYERS + 1
     begin = layers._begin
     layers._begin = lambda place: (begun.append(place), begin(place))[1]
     seen: list[tuple[bool, bool]] = []
     for layer in made.module.layers:
-        layer.register_forward_pre_hook(lambda *_: seen.append((words.numel() > 0, last.numel() > 0)))
-        layer.register_full_backward_pre_hook(lambda *_: seen.append((words.numel() > 0, last.numel() > 0)))
-    beside_head: list[int] = []
-    made.module.last.register_forward_pre_hook(lambda *_: beside_head.append(sum(one.numel() > 0 for one in bases)))
+        layer.register_forward_pre_hook(lambda *_: seen.append((words.numel() > 0, head in layers.held)))
+        layer.register_full_backward_pre_hook(lambda *_: seen.append((words.numel() > 0, head in layers.held)))
+    with_head: list[list[int]] = []
+    made.module.last.register_forward_pre_hook(lambda *_: with_head.append([*layers.held]))
     for step in range(2):
         made.train()
         loss = (made(batch(step).requires_grad_()).float() ** 2).sum()
-        # the head is on its way while the last layer computes, and stays for a backward pass that reads it
+        # the head is here when the layers have gone, and stays for a backward pass that reads it
         assert seen == [(False, False)] * LAYERS and (last.numel() > 0) == (not took_loss)
         # the last layer comes again when the head has taken the loss, or with its backward pass
-        assert beside_head == [0] and begun == [*range(LAYERS + 2), *([LAYERS] if took_loss else [])]
+        assert with_head == [[head]] and begun == [*range(LAYERS + 2), *([LAYERS] if took_loss else [])]
         made.backward(loss)
         assert seen == [(False, False)] * 2 * LAYERS and last.numel() == 0
         assert begun == [*range(LAYERS + 2), *reversed(range(1, LAYERS + 1))]
         made.step()
         seen.clear()
-        beside_head.clear()
+        with_head.clear()
         begun.clear()
 
 

@@ -1,5 +1,6 @@
 """Output layer and loss together: the value and the gradients of logits and cross entropy."""
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +150,20 @@ def test_logits_of_all_positions_never_exist(monkeypatch: pytest.MonkeyPatch) ->
     with Watch():
         chunked(head, hidden, targets).sum().backward()
     assert 2 * VOCABULARY in seen and max(seen) <= max(head.weight.numel(), hidden.numel())
+
+
+def test_a_chunks_logits_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_head, "CHUNK", 2 * VOCABULARY)
+    head, (hidden, targets) = head_of(), inputs()
+    made: list[weakref.ref[torch.Tensor]] = []
+    linear = F.linear
+
+    def watched(*given: Any) -> torch.Tensor:
+        assert all(one() is None for one in made)
+        logits = linear(*given)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(F, "linear", watched)
+    chunked(head, hidden, targets)
+    assert len(made) == -(-hidden.shape[0] * hidden.shape[1] // 2)
