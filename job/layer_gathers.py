@@ -28,7 +28,8 @@ def gather_layers_at_once(engine: Any, ahead: bool = True) -> bool:
     parameters stay whole, and their frozen ones lie on the device, spread over all ranks.
 
     Args:
-        ahead: gather the next layer while one computes, so that two are whole.
+        ahead: gather the next layer while one computes, so that two are whole; while it learns, the head when the
+            last layer has gone.
 
     Returns:
         Whether it does.
@@ -160,14 +161,15 @@ class _Layers:
             held.work = None
             self.layers[place].show(held.buffer)
         following = place + 1 if onward else place - 1
-        if following <= self.last if onward else following >= self.first:
+        end = self.last if module.training else len(self.layers) - 1
+        if following <= end if onward else following >= self.first:
             self._send_for(following)
 
     def release(self, module: nn.Module, forward: bool) -> None:
         """Let the layer go, unless its backward pass comes now: it is computed again, or nothing comes behind it.
 
-        At the end, when there are most activations, the head is sent for when the last layer has gone, and this one
-        again when the head has taken the loss.
+        Where activations are kept most are there at the end: so the head is sent for when the last layer has gone, and
+        this one again when the head has taken the loss, though neither gather has then much to hide behind.
         """
         place, end = self.places[module], len(self.layers) - 1
         if place > self.last and forward:

@@ -164,8 +164,8 @@ def _base(shape: Shape, job: Job) -> list[Item]:
 
 
 def _gathered(shape: Shape, job: Job) -> float:
-    """Bytes of weights that are whole at once: two layers, or one where none is ahead, and the largest kept tensor;
-    left to DeepSpeed as many as may live, what is ahead of use included, at least one of these, at most all."""
+    """Bytes of weights that are whole at once: at most two layers, or one where none is ahead, and the largest kept
+    tensor; left to DeepSpeed as many as may live, what is ahead of use included, at least one of these, at most all."""
     width = _stored_width(job)
     limit = job.max_live * (job.storage_bytes if width < 1 else job.item)
     layer = width * shape.layer_quantized + job.item * (shape.layer - shape.layer_quantized)

@@ -18,6 +18,8 @@ from tests.ranks import free_port
 
 WIDTH, LAYERS, TRAINED = 16, 5, 4
 RANKS = 2
+HEADS = ("is read back", "takes the loss", "learns")
+"""What the backward pass has to do with the head."""
 
 
 class Layer(nn.Module):
@@ -95,9 +97,14 @@ def everywhere(ranks: list[Executor], what: Any, *args: Any) -> None:
     assert len(done) == len(ranks)
 
 
-def engine(again: bool, ours: bool, ahead: bool = True, persistence: int = TRAINED * WIDTH) -> Any:
+def engine(
+    again: bool, ours: bool, ahead: bool = True, persistence: int = TRAINED * WIDTH, head: str = "is read back"
+) -> Any:
+    """DeepSpeed's, of a model whose head is one of HEADS."""
     torch.manual_seed(0)
     model = Model(again)
+    model.last.took_loss = head == "takes the loss"
+    model.last.weight.requires_grad_(head == "learns")
     deepspeed.utils.set_z3_leaf_modules(model, [Layer])
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -119,16 +126,21 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(4, WIDTH, generator=own).bfloat16()
 
 
-def stepped(made: Any, step: int) -> tuple[float, list[torch.Tensor]]:
-    made.train()
-    loss = (made(batch(step).requires_grad_()).float() ** 2).sum()
-    made.backward(loss)
-    made.step()
+def stepped(made: Any, step: int) -> tuple[list[float], list[torch.Tensor]]:
+    """The losses of two micro-batches and of an evaluation after them, and what is learnt then."""
+    found = []
+    for part in range(2):
+        made.train()
+        made.set_gradient_accumulation_boundary(part == 1)
+        loss = (made(batch(2 * step + part).requires_grad_()).float() ** 2).sum()
+        made.backward(loss)
+        made.step()
+        found.append(float(loss))
     made.eval()
     with torch.no_grad():
-        after = float((made(batch(99)).float() ** 2).sum())
+        found.append(float((made(batch(99)).float() ** 2).sum()))
     trained = [value for value in made.module.parameters() if value.requires_grad]
-    return after + float(loss), [value.detach().clone() for value in trained]
+    return found, [value.detach().clone() for value in trained]
 
 
 def gathered_now(made: Any) -> int:
@@ -136,23 +148,26 @@ def gathered_now(made: Any) -> int:
     return sum(layer.base.weight.numel() > 0 for layer in made.module.layers)
 
 
-def same(again: bool, ahead: bool) -> None:
-    theirs, ours = engine(again, ours=False), engine(again, ours=True, ahead=ahead)
-    for step in range(5):
+def same(again: bool, ahead: bool, head: str) -> None:
+    theirs, ours = engine(again, ours=False, head=head), engine(again, ours=True, ahead=ahead, head=head)
+    for step in range(4):
         expected, found = stepped(theirs, step), stepped(ours, step)
         assert found[0] == expected[0]
         assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))
         assert gathered_now(ours) == 0, "weights stay whole between steps"
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("ahead", [True, False], ids=["one ahead", "none ahead"])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-def test_losses_and_what_is_learnt_are_deepspeeds_bit_for_bit(ranks: list[Executor], again: bool, ahead: bool) -> None:
-    everywhere(ranks, same, again, ahead)
+def test_losses_and_what_is_learnt_are_deepspeeds_bit_for_bit(
+    ranks: list[Executor], again: bool, ahead: bool, head: str
+) -> None:
+    everywhere(ranks, same, again, ahead, head)
 
 
-def counted(again: bool, ahead: bool) -> None:
-    made = engine(again, ours=True, ahead=ahead)
+def counted(again: bool, ahead: bool, took_loss: bool) -> None:
+    made = engine(again, ours=True, ahead=ahead, head=HEADS[took_loss])
     layers = made.optimizer.parameter_offload.get_param_coordinator().layers
     begun: list[int] = []
     most: list[int] = []
@@ -168,10 +183,10 @@ def counted(again: bool, ahead: bool) -> None:
     made.train()
     loss = (made(batch(0).requires_grad_()).float() ** 2).sum()
     everything = range(LAYERS + 2)  # the embedding before the layers, the head behind them
-    assert begun == [*everything]
+    assert begun[: LAYERS + 2] == [*everything]
     assert max(most) == 1 + ahead
     made.backward(loss)
-    # the head stays for its backward pass, the embedding has none
+    # the head stays for its backward pass if it has one, the embedding has none
     assert begun == [*everything, *reversed(everything[1:-1])]
     assert max(most[len(everything) :]) == 1 + ahead and not layers.held
     by_deepspeed: list[Any] = []
@@ -183,40 +198,58 @@ def counted(again: bool, ahead: bool) -> None:
     assert all(layer.up.weight.numel() == TRAINED * WIDTH for layer in made.module.layers)
 
 
+@pytest.mark.parametrize("took_loss", [False, True])
 @pytest.mark.parametrize("ahead", [True, False], ids=["one ahead", "none ahead"])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-def test_each_layer_is_gathered_once_forward_and_once_back(ranks: list[Executor], again: bool, ahead: bool) -> None:
-    everywhere(ranks, counted, again, ahead)
+def test_each_layer_is_gathered_once_forward_and_once_back(
+    ranks: list[Executor], again: bool, ahead: bool, took_loss: bool
+) -> None:
+    everywhere(ranks, counted, again, ahead, took_loss)
 
 
 def beside_layers(took_loss: bool) -> None:
-    made = engine(again=False, ours=True)
-    # who asks a module for them, gets them gathered
-    words, last = made.module.words.weight, made.module.last.weight
-    made.module.last.took_loss = took_loss
-    begun, layers, head = [], made.optimizer.parameter_offload.get_param_coordinator().layers, LAYERS + 1
-    begin = layers._begin
-    layers._begin = lambda place: (begun.append(place), begin(place))[1]
+    made = engine(again=False, ours=True, head=HEADS[took_loss])
+    module, layers, head = made.module, made.optimizer.parameter_offload.get_param_coordinator().layers, LAYERS + 1
+    words, last = module.words.weight, module.last.weight  # who asks a module for them, gets them gathered
+    begun: list[int] = []
+    begin, release = layers._begin, layers.release
+
+    def noted(place: int) -> Any:
+        begun.append(place)
+        # where there are most activations the head is whole alone, and before, two layers
+        assert place != head or not layers.held or not module.training
+        return begin(place)
+
     seen: list[tuple[bool, bool]] = []
-    for layer in made.module.layers:
+    after_last: list[list[int]] = []
+
+    def released(one: nn.Module, forward: bool) -> None:
+        release(one, forward)
+        if one is module.layers[-1] and forward:
+            after_last.append([*layers.held])
+
+    layers._begin, layers.release = noted, released
+    for layer in module.layers:
         layer.register_forward_pre_hook(lambda *_: seen.append((words.numel() > 0, head in layers.held)))
         layer.register_full_backward_pre_hook(lambda *_: seen.append((words.numel() > 0, head in layers.held)))
-    with_head: list[list[int]] = []
-    made.module.last.register_forward_pre_hook(lambda *_: with_head.append([*layers.held]))
     for step in range(2):
         made.train()
         loss = (made(batch(step).requires_grad_()).float() ** 2).sum()
-        # the head is here when the layers have gone, and stays for a backward pass that reads it
-        assert seen == [(False, False)] * LAYERS and (last.numel() > 0) == (not took_loss)
-        # the last layer comes again when the head has taken the loss, or with its backward pass
-        assert with_head == [[head]] and begun == [*range(LAYERS + 2), *([LAYERS] if took_loss else [])]
+        assert seen == [(False, False)] * LAYERS and after_last == [[head]]
+        # the head stays for a backward pass that reads it; with it the last layer comes again, or behind it
+        assert (last.numel() > 0) == (not took_loss)
+        assert begun == [*range(LAYERS + 2), *([LAYERS] if took_loss else [])]
         made.backward(loss)
         assert seen == [(False, False)] * 2 * LAYERS and last.numel() == 0
         assert begun == [*range(LAYERS + 2), *reversed(range(1, LAYERS + 1))]
         made.step()
-        seen.clear()
-        with_head.clear()
-        begun.clear()
+        made.eval()
+        with torch.no_grad():
+            made(batch(step))
+        assert not layers.held, "what an evaluation gathered stays"
+        assert seen[2 * LAYERS :] == [(False, False)] * (LAYERS - 1) + [(False, True)], "the head is on its way there"
+        for each in (seen, after_last, begun):
+            each.clear()
 
 
 @pytest.mark.parametrize("took_loss", [True, False])
@@ -261,7 +294,7 @@ def gathered_by_name() -> None:
     for name, value in gathered(made.module.named_parameters()):
         if not expected[name].requires_grad:
             assert torch.equal(value, expected[name])
-    assert stepped(made, 1)[0] > 0 and gathered_now(made) == 0
+    assert min(stepped(made, 1)[0]) > 0 and gathered_now(made) == 0
 
 
 def test_a_parameter_can_be_gathered_by_itself_between_steps(ranks: list[Executor]) -> None:
