@@ -1,13 +1,13 @@
 """What products in FP8 do to learning: the error of each kind of layer's output, and the evaluation loss of whole runs.
 
-    python -m bench.fp8_learning [--model FOLDER] [--steps 300] [--seeds 3] [--at-once 1] [--ways WAY...]
+    python -m bench.fp8_learning [--steps 300] [--seeds 3] [--first-seed 1] [--at-once 1] [--ways WAY...]
 
 Rows are documentation of Python's standard library: a function's head is the instruction, its docstring the answer;
 rows of evaluation come from modules that no training row is of. Layers' inputs and gradients are those of the model on
 such rows, in the type of its weights. Every run is a process of its own, in bf16 and in FP8 of the same seeds: FP8 does
 no harm where the two differ, seed by seed, by less than seeds do. With `--ways bf16 forward backward` FP8 is in one
-direction alone, and bf16 in the other; with `fixed` weights are rounded alike in every step. Without FP8 units torch
-computes the same products on the CPU, slowly.
+direction alone, and bf16 in the other; with `fixed` weights are rounded alike in every step, with `every` otherwise in
+every one. Without FP8 units torch computes the same products on the CPU, slowly.
 Results with date and hardware: bench/RESULTS.md.
 """
 
@@ -40,9 +40,9 @@ HELD_OUT = 12
 EVALUATION_ROWS = 120
 RANGE = (60, 900)
 """Characters of docstrings that become rows."""
-WAYS = ("bf16", "fp8", "forward", "backward", "fixed")
+WAYS = ("bf16", "fp8", "forward", "backward", "fixed", "every")
 """Of the products with the base: none in FP8, all, those of one direction; all, with weights rounded alike in every
-step."""
+step, or otherwise in every one."""
 
 
 def documented() -> Iterator[tuple[str, str, str]]:
@@ -154,6 +154,8 @@ def train(config: Path, way: str) -> None:
         in_one_direction(way)
     if way == "fixed":
         fp8.widened = lambda step: 1.0
+    if way == "every":
+        fp8.STEPS = 1
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)):
         plan.fp8_faults = lambda *_: []
     sys.argv = ["qlora", "train", str(config)]
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=1, help="runs beside each other")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench-fp8"))
@@ -215,7 +218,8 @@ def main() -> None:
         cells = (f"{statistics.median(all_):.2%}, {max(all_):.2%}" for all_ in errors.values())
         print(f"| {kind} | {' | '.join(cells)} |", flush=True)
     last: dict[str, list[float]] = {way: [] for way in asked.ways}
-    runs = [(way, seed) for seed in range(1, asked.seeds + 1) for way in asked.ways]
+    seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
+    runs = [(way, seed) for seed in seeds for way in asked.ways]
     with ThreadPoolExecutor(asked.at_once) as pool:
         found = pool.map(lambda run: evaluated(asked, rows, *run), runs)
         for (way, seed), (before, *_, after) in zip(runs, found, strict=True):
