@@ -156,11 +156,16 @@ def measure_peer(
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a stack and shape."""
+def heading(count: str = "") -> str:
+    """What measures: so many of the GPU, versions of what is installed, and the day."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "unsloth", "liger-kernel")
     versions = ", ".join(f"{name} {version(name)}" for name in packages if find_spec(name.replace("-", "_")))
-    lines = [f"{torch.cuda.get_device_name()}, {versions}, {datetime.date.today()}", ""]
+    return f"{count}{torch.cuda.get_device_name()}, {versions}, {datetime.date.today()}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a stack and shape."""
+    lines = [heading(), ""]
     lines += ["| tokens a step | recompute | stack | tok/s | peak GiB |", "|---|---|---|---|---|"]
     for row in rows:
         speed, peak = f"{row['tokens_per_s']:,}", f"{row['peak_gib']:.1f}"
