@@ -9,6 +9,7 @@ that is not how it is used later. So every few steps the weight is rounded in an
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes.functional as F
@@ -30,6 +31,20 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 Scaled = tuple[torch.Tensor, torch.Tensor]
 """FP8 numbers [N, K], and fp32 scales [N, 1] by which they are the values."""
+
+
+def _mended() -> float:
+    """By what numbers are to be multiplied to be the values they were rounded from, on average over all scales: 1.0007.
+
+    Below a power of two numbers lie half as far apart as above it, so more is rounded down to it than up.
+    """
+    numbers = [1 + k * torch.finfo(TYPE).eps for k in range(round(1 / torch.finfo(TYPE).eps) + 1)]
+    ends = [1, *((low + high) / 2 for low, high in pairwise(numbers)), 2]
+    # the mean of number / value over values that are spread evenly by their logarithm
+    return math.log(2) / sum(n * (1 / low - 1 / high) for n, (low, high) in zip(numbers, pairwise(ends), strict=True))
+
+
+MENDED = _mended()
 
 
 def fits(out_features: int, in_features: int) -> bool:
@@ -88,7 +103,7 @@ def _weight(weight: torch.Tensor, state: Any, dtype: torch.dtype, wider: float, 
 
 def _made(weight: torch.Tensor, state: Any, dtype: torch.dtype, wider: float, turned: bool) -> Scaled:
     if _by_kernel(weight, state):
-        return eight_bits.weight_in_eight_bits(weight.detach(), state, _largest(state, turned), wider, turned)
+        return eight_bits.weight_in_eight_bits(weight.detach(), state, _largest(state, turned), wider, MENDED, turned)
     matrix = weight.detach() if state is None else dequantized_anew(weight.detach(), state, dtype)
     return _rounded(matrix.T if turned else matrix, wider)
 
@@ -101,10 +116,10 @@ def _by_kernel(weight: torch.Tensor, state: Any) -> bool:
 def _rounded(x: torch.Tensor, wider: float) -> Scaled:
     """x [N, K] over a scale a row, that much wider than it need be."""
     if x.is_cuda:
-        return eight_bits.rows_in_eight_bits(x, wider)
+        return eight_bits.rows_in_eight_bits(x, wider, MENDED)
     wide = x.float()
     scales = (wide.abs().amax(1, keepdim=True) * (wider / LARGEST)).clamp_(min=1e-30)
-    return (wide / scales).to(TYPE), scales
+    return (wide / scales).to(TYPE), scales * MENDED
 
 
 def _largest(state: Any, turned: bool) -> torch.Tensor:

@@ -132,15 +132,15 @@ def test_rows_in_eight_bits(width: int, dtype: torch.dtype) -> None:
     x = some(2 * 7, width, dtype=dtype)[::2] * torch.logspace(-6, 6, 7).to(ON)[:, None]
     x[2] = 0
     x = x.to(dtype)
-    small, scales = eight_bits.rows_in_eight_bits(x)
+    small, scales = eight_bits.rows_in_eight_bits(x, 1.0, 1.0)
     assert small.dtype == torch.float8_e4m3fn and scales.shape == (7, 1)
     for row, expected in zip(small.float() * scales, x.float(), strict=True):
         assert (not expected.any() and not row.any()) or distance(row, expected) < CUT
     expected = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1e-30)
     torch.testing.assert_close(scales, expected, rtol=1e-6, atol=0)
-    small, wide = eight_bits.rows_in_eight_bits(x, 1.7)
-    torch.testing.assert_close(wide[x.any(1)], 1.7 * expected[x.any(1)], rtol=1e-6, atol=0)
-    assert distance(small[0].float() * wide[0], x[0].float()) < CUT
+    small, wide = eight_bits.rows_in_eight_bits(x, 1.7, 1.25)
+    torch.testing.assert_close(wide[x.any(1)], 1.25 * 1.7 * expected[x.any(1)], rtol=1e-6, atol=0)
+    assert distance(small[0].float() * wide[0], 1.25 * x[0].float()) < CUT
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -153,10 +153,10 @@ def test_four_bits_become_eight(wider: float, turned: bool, nested: bool, kind: 
     exact = bnb.dequantize_4bit(packed, state)
     exact = exact.T if turned else exact
     scales = fp8._largest(state, turned)
-    found, wide = eight_bits.weight_in_eight_bits(packed, state, scales, wider, turned)
+    found, wide = eight_bits.weight_in_eight_bits(packed, state, scales, wider, 1.25, turned)
     assert eight_bits.readable(state) and found.shape == exact.shape and bool((found.float().abs() <= 448).all())
-    torch.testing.assert_close(wide, wider * scales, rtol=1e-6, atol=0)
-    assert distance(found.float() * wide, exact) < CUT
+    torch.testing.assert_close(wide, 1.25 * wider * scales, rtol=1e-6, atol=0)
+    assert distance(found.float() * wide, 1.25 * exact) < CUT
 
 
 @pytest.mark.parametrize("wider", [1.0, 1.7])
