@@ -7,7 +7,8 @@ rows of evaluation come from modules that no training row is of. Layers' inputs 
 such rows, in the type of its weights. Every run is a process of its own, in bf16 and in FP8 of the same seeds: FP8 does
 no harm where the two differ, seed by seed, by less than seeds do. With `--ways bf16 forward backward` FP8 is in one
 direction alone, and bf16 in the other; with `fixed` weights are rounded alike in every step, with `every` otherwise in
-every one. Without FP8 units torch computes the same products on the CPU, slowly.
+every one, with `exact_sums` products are added up in fp32. Without FP8 units torch computes the same products on the
+CPU, slowly.
 Results with date and hardware: bench/RESULTS.md.
 """
 
@@ -40,9 +41,9 @@ HELD_OUT = 12
 EVALUATION_ROWS = 120
 RANGE = (60, 900)
 """Characters of docstrings that become rows."""
-WAYS = ("bf16", "fp8", "forward", "backward", "fixed", "every")
+WAYS = ("bf16", "fp8", "forward", "backward", "fixed", "every", "exact_sums")
 """Of the products with the base: none in FP8, all, those of one direction; all, with weights rounded alike in every
-step, or otherwise in every one."""
+step, or otherwise in every one, or with sums in fp32."""
 
 
 def documented() -> Iterator[tuple[str, str, str]]:
@@ -156,6 +157,9 @@ def train(config: Path, way: str) -> None:
         fp8.widened = lambda step: 1.0
     if way == "every":
         fp8.STEPS = 1
+    if way == "exact_sums":
+        product = torch._scaled_mm
+        torch._scaled_mm = lambda *given, **named: product(*given, **named | {"use_fast_accum": False})  # type: ignore[assignment]
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)):
         plan.fp8_faults = lambda *_: []
     sys.argv = ["qlora", "train", str(config)]
