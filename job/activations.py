@@ -122,6 +122,11 @@ class Job:
         return "*" not in linear.path and (self.targets is None or linear.name in self.targets)
 
 
+def in_chunks(shape: Shape, job: Job) -> bool:
+    """Whether the loss is taken a chunk of positions at a time, and its gradient made with it."""
+    return job.fused and not shape.changes_logits and job.precision != "fp16"
+
+
 def kept_bytes(shape: Shape, job: Job) -> int:
     """What all layers keep for the backward pass, bytes; neither parameters nor logits.
 

@@ -5,15 +5,24 @@ in the optimizer's step, in an evaluation. The peak is what is held plus the lar
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from job.activations import CHUNK, Job, kept_bytes, layer_bytes, layers_again, on_host_bytes, working_bytes
-from job.families import adapted, fused
-from job.shape import Linear, Shape
-from job.zero import STAGE, copies_gradients, swap_buffers
+from job.activations import (
+    CHUNK,
+    Job,
+    in_chunks,
+    kept_bytes,
+    layer_bytes,
+    layers_again,
+    on_host_bytes,
+    working_bytes,
+)
+from job.gathered import Moment, gathered_bytes, shards, stored_width
+from job.shape import Shape
+from job.trained import largest_trained, trained_tensors
+from job.zero import copies_gradients, swap_buffers
 
-__all__ = ["GIB", "Item", "Job", "Memory", "memory", "trained_elements"]
+__all__ = ["GIB", "Item", "Job", "Memory", "memory"]
 
 GIB = 2**30
 CONTEXT_GIB = 0.6
@@ -46,12 +55,12 @@ class Memory:
     """Memory of a rank: `held` all the time, `moments` by name and only then; `host` is that of a whole node."""
 
     held: tuple[Item, ...]
-    moments: dict[str, tuple[Item, ...]]
+    moments: dict[Moment, tuple[Item, ...]]
     host: tuple[Item, ...]
     notes: tuple[str, ...] = ()
 
     @property
-    def peak(self) -> str:
+    def peak(self) -> Moment:
         """The moment that takes most."""
         return max(self.moments, key=lambda moment: _sum(self.moments[moment]))
 
@@ -88,7 +97,7 @@ class Memory:
 
 def memory(shape: Shape, job: Job) -> Memory:
     """The memory of one rank of a job on a model of this shape."""
-    adapter = _adapter(shape, job)
+    adapter = trained_tensors(shape, job)
     trained = sum(adapter)
     held = [
         *_base(shape, job),
@@ -96,7 +105,7 @@ def memory(shape: Shape, job: Job) -> Memory:
         Item("gradients", job.item * trained / (1 if job.strategy == "replicate" else job.ranks) / GIB),
         *_optimizer(trained, job),
     ]
-    if _shards(job):  # for the whole run; stages 1 and 2 make them at each backward's first gradient (deepspeed 0.19.8)
+    if shards(job):  # for the whole run; stages 1 and 2 make them at each backward's first gradient (deepspeed 0.19.8)
         held.append(_buckets(job))
     if job.device == "cuda":
         held += [Item("cuBLAS workspace", CUBLAS_BYTES / GIB), Item("CUDA context", CONTEXT_GIB, counted=False)]
@@ -105,7 +114,7 @@ def memory(shape: Shape, job: Job) -> Memory:
     return Memory(tuple(held), _moments(shape, job, trained), tuple(_host(shape, job, trained)), _notes(shape, job))
 
 
-def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]]:
+def _moments(shape: Shape, job: Job, trained: int) -> dict[Moment, tuple[Item, ...]]:
     """What each moment of a step takes besides what is held."""
     kept = Item("activations kept", kept_bytes(shape, job) / GIB)
     layer = Item("one layer again", layer_bytes(shape, job) / GIB * (layers_again(shape, job) == shape.layers))
@@ -115,13 +124,13 @@ def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]
     # stage 3 joins gradients that wait, or lie in a bucket, in a buffer, of which three may be on their way
     buffers = (3 if trained > job.bucket else 1) + (not copies_gradients(job.contiguous_gradients, job.strategy))
     joined = buffers * max(min(job.bucket, trained), largest_trained(shape, job)) * job.item
-    return {
+    moments: dict[Moment, tuple[Item, ...]] = {
         "taking the loss": (kept, Item("logits and gradients", _loss_bytes(shape, job, job.tokens, True) / GIB)),
         "in the backward pass": (
             kept,
             layer,
             Item("a layer's gradients and weights", working_bytes(shape, job, job.tokens) / GIB),
-            Item("gradients on their way", joined / GIB) if _shards(job) else _buckets(job),
+            Item("gradients on their way", joined / GIB) if shards(job) else _buckets(job),
         ),
         "in the optimizer's step": (Item("fp32 gradients", step / GIB),),
         "in the evaluation": (
@@ -129,6 +138,10 @@ def _moments(shape: Shape, job: Job, trained: int) -> dict[str, tuple[Item, ...]
             Item("a layer's tensors", working_bytes(shape, job, seen) / GIB),
         ),
     }
+    if shards(job):
+        for name, items in moments.items():
+            moments[name] = (Item("gathered weights", gathered_bytes(shape, job, name) / GIB), *items)
+    return moments
 
 
 def _loss_bytes(shape: Shape, job: Job, tokens: int, learns: bool) -> float:
@@ -136,20 +149,20 @@ def _loss_bytes(shape: Shape, job: Job, tokens: int, learns: bool) -> float:
     in the evaluation logits as they come, in fp32, and log-probabilities. In chunks: one of them in fp32 with its
     exponentials, and the gradient of the hidden states."""
     learnt = tokens * job.learnt_share
-    if not job.fused or shape.changes_logits or job.precision == "fp16":
+    if not in_chunks(shape, job):
         return (12 if learns else job.item + 8) * learnt * shape.vocabulary
     rows = min(learnt, max(CHUNK // shape.vocabulary, 1))
     return 8 * rows * shape.vocabulary + learns * learnt * job.item * shape.hidden
 
 
 def _base(shape: Shape, job: Job) -> list[Item]:
-    """The frozen base on this GPU: stored weights, scales (which ZeRO-3 never shards), what stays in 16 bits, and what
-    is gathered under ZeRO-3."""
-    width = _stored_width(job)
+    """The frozen base on this GPU: stored weights, scales (which ZeRO-3 never shards), and what stays in 16 bits.
+    What ZeRO-3 gathers of it is counted by moment."""
+    width = stored_width(job)
     kind = {"nf4": "4 bits", "fp4": "4 bits", "int8": "8 bits", "none": job.precision}[job.quantization]
     scales = Item("scales of the base", _scale_bytes(shape, job) / GIB)
     stored, kept = width * shape.quantized, job.item * shape.kept
-    if not _shards(job):
+    if not shards(job):
         values = sum(linear.numel * linear.count for linear in shape.linears if job.adapts(linear))
         beside = [Item("values of the 4-bit base", job.item * values / GIB)] if job.values_kept else []
         held = [Item(f"base in {kind}", stored / GIB), scales, Item(f"base kept in {job.precision}", kept / GIB)]
@@ -159,35 +172,7 @@ def _base(shape: Shape, job: Job) -> list[Item]:
     items.append(Item(f"base kept in {job.precision}, sharded", here * kept / GIB))
     if job.strategy == "hpz" and job.offload_parameters == "none":
         items.append(Item("base again, sharded in the node", (stored + kept) / job.ranks_per_node / GIB))
-    items.append(Item("gathered weights", _gathered(shape, job) / GIB))
     return items
-
-
-def _gathered(shape: Shape, job: Job) -> float:
-    """Bytes of weights that are whole at once: at most two layers, or one where none is ahead, and the largest kept
-    tensor; left to DeepSpeed as many as may live, what is ahead of use included, at least one of these, at most all."""
-    width = _stored_width(job)
-    limit = job.max_live * (job.storage_bytes if width < 1 else job.item)
-    layer = width * shape.layer_quantized + job.item * (shape.layer - shape.layer_quantized)
-    if gathers_layers(shape, job):
-        return min(1 + job.gathers_ahead, shape.layers) * layer + job.item * shape.largest_kept
-    return min(width * shape.quantized + job.item * shape.kept, max(limit, layer, job.item * shape.largest_kept))
-
-
-def gathers_layers(shape: Shape, job: Job) -> bool:
-    """Whether `job.layer_gathers` takes the layers: DeepSpeed keeps them where an adapter's tensor is cut too."""
-    plain = job.strategy == "zero3" and job.offload_parameters == "none" and job.ranks > 1
-    return job.layer_gathers and plain and largest_trained(shape, job) <= job.persistence
-
-
-def largest_trained(shape: Shape, job: Job) -> int:
-    """Elements of the adapter's largest tensor."""
-    return max(_adapter(shape, job), default=0)
-
-
-def _stored_width(job: Job) -> float:
-    """Bytes of a quantized element."""
-    return {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "none": float(job.item)}[job.quantization]
 
 
 def _scale_bytes(shape: Shape, job: Job) -> float:
@@ -197,41 +182,11 @@ def _scale_bytes(shape: Shape, job: Job) -> float:
     return shape.quantized * bits / 8
 
 
-def trained_elements(
-    shape: Shape, rank: int, targets: str | Sequence[str], dora: bool = False, share_a: bool = False
-) -> int:
-    """Elements of an adapter; targets that are a text are the family's."""
-    names = adapted(targets, shape.model_type)
-    return sum(_adapter(shape, Job(rank=rank, targets=names, dora=dora, share_a=share_a)))
-
-
-def _adapter(shape: Shape, job: Job) -> list[int]:
-    """Elements of each trained tensor."""
-    there = [linear for linear in shape.linears if job.adapts(linear)]
-    later = _with_another_s_a(shape, job)
-    pairs = [(_pair(linear, job)[linear.name in later :], linear.count) for linear in there]
-    return [numel for pair, count in pairs for numel in pair * count]
-
-
-def _with_another_s_a(shape: Shape, job: Job) -> set[str]:
-    """Adapted linears whose A is that of the first adapted part of the same fused linear."""
-    groups = fused(shape.model_type) if job.share_a else ()
-    return {part for parts in groups for part in [part for part in parts if not job.targets or part in job.targets][1:]}
-
-
-def _pair(linear: Linear, job: Job) -> list[int]:
-    return [job.rank * linear.inputs, job.rank * linear.outputs] + [linear.outputs] * job.dora
-
-
 def _stored(tensors: list[int], job: Job) -> float:
     """Elements of trained tensors on this rank: under ZeRO-3 small ones whole beside their part, others their part."""
-    if not _shards(job):
+    if not shards(job):
         return sum(tensors)
     return sum(numel / job.ranks + numel * (numel <= job.persistence) for numel in tensors)
-
-
-def _shards(job: Job) -> bool:
-    return STAGE[job.strategy] == 3
 
 
 def _on_host(job: Job) -> bool:
@@ -252,8 +207,8 @@ def _optimizer(trained: int, job: Job) -> list[Item]:
 def _buckets(job: Job) -> Item:
     """Buckets for gradients on their way: two when communication overlaps in stages 1 and 2."""
     # with the optimizer on the host stages 1 and 2 always have them (deepspeed 0.19.8, stage_1_and_2.py)
-    copied = copies_gradients(job.contiguous_gradients, job.strategy) or (_on_host(job) and not _shards(job))
-    count = copied * (2 if job.overlap_comm and not _shards(job) else 1)
+    copied = copies_gradients(job.contiguous_gradients, job.strategy) or (_on_host(job) and not shards(job))
+    count = copied * (2 if job.overlap_comm and not shards(job) else 1)
     return Item("gradient buckets", count * job.bucket * job.item / GIB)
 
 
@@ -267,8 +222,8 @@ def _host(shape: Shape, job: Job, trained: int) -> list[Item]:
         items.append(Item("optimizer", here * (8 + MOMENT_BYTES[job.optimizer]) * trained / job.ranks / GIB))
     if inputs := on_host_bytes(shape, job):
         items.append(Item("layers' inputs, pinned", here * inputs / GIB))
-    if _shards(job) and job.offload_parameters != "none":
-        stored = _stored_width(job) * shape.quantized + job.item * shape.kept
+    if shards(job) and job.offload_parameters != "none":
+        stored = stored_width(job) * shape.quantized + job.item * shape.kept
         whole = here * stored / job.ranks + (stored if job.strategy == "hpz" else 0)
         items.append(Item("base, pinned", (whole if job.offload_parameters == "cpu" else _in_files(shape, job)) / GIB))
     return items
@@ -278,7 +233,7 @@ def _in_files(shape: Shape, job: Job) -> float:
     """Host bytes of a node whose linears lie in files: what stays in 16 bits, and a buffer for each linear of a layer,
     as large as the largest part (`zero.swap_buffers`)."""
     linears = {f"layers.0.{linear.path}": linear.numel for linear in shape.linears}
-    parts = {name: round(_stored_width(job) * numel / job.storage_bytes / job.ranks) for name, numel in linears.items()}
+    parts = {name: round(stored_width(job) * numel / job.storage_bytes / job.ranks) for name, numel in linears.items()}
     buffers = swap_buffers(parts)
     here = job.ranks_per_node
     locked = here * buffers["buffer_count"] * buffers["buffer_size"] * job.storage_bytes

@@ -22,11 +22,11 @@ from job.data.split import read_split
 from job.errors import ConfigError, InputError
 from job.formats import format_of, segments_of
 from job.hub import snapshot
-from job.memory import trained_elements
 from job.plan import Plan, make_plan
 from job.published import published
 from job.shape import Shape, read_shape
 from job.store import Store, is_url
+from job.trained import trained_elements
 from job.world import Hardware, World, ranks_on
 
 SAMPLE = 500

@@ -18,9 +18,11 @@ from job.faults import (
     value_faults,
 )
 from job.fit import choose, fits, keeps_values, least_recompute
-from job.memory import Memory, gathers_layers, largest_trained, memory
+from job.gathered import gathers_layers
+from job.memory import Memory, memory
 from job.own_deepspeed import adopt, contradictions, merged, read_own
 from job.shape import Shape
+from job.trained import largest_trained
 from job.world import Hardware, World
 from job.zero import STAGE, Strategy, Zero, make_zero, zero_faults
 

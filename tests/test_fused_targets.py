@@ -14,10 +14,10 @@ from job import adapter
 from job.config import parse_config
 from job.config.learning import Lora
 from job.errors import ConfigError
-from job.memory import trained_elements
 from job.model import add_adapter, lora_targets
 from job.store import Store
 from job.train import train
+from job.trained import trained_elements
 from job.world import World
 from tests.conftest import alpaca_rows, losses, settings, write_rows
 from tests.native_models import LEGACY, tiny

@@ -19,8 +19,8 @@ import job
 from job.config.learning import Lora
 from job.families import adapted
 from job.hardware import this_hardware
-from job.memory import trained_elements
 from job.model import add_adapter
+from job.trained import trained_elements
 from tests.ranks import run_ranks
 from tests.test_shape import shape_of
 from tests.test_tutorial_bugs import ORIGINALS
