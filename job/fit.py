@@ -10,7 +10,7 @@ from job.zero import Strategy
 
 SPARE = 0.06
 """Share of a device that stays free: torch's allocator holds blocks that it cannot reuse, and the formulas are not
-exact (within 4% of the peaks in bench/RESULTS.md)."""
+exact (within 4% of one GPU's peaks in bench/RESULTS.md; under ZeRO-3 from 0.2% below them to 6% above)."""
 
 
 SPARE_FOR_SPEED = 0.15

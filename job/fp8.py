@@ -36,7 +36,8 @@ Scaled = tuple[torch.Tensor, torch.Tensor]
 def _mended() -> float:
     """By what numbers are to be multiplied to be the values they were rounded from, on average over all scales: 1.0007.
 
-    Below a power of two numbers lie half as far apart as above it, so more is rounded down to it than up.
+    Below a power of two numbers lie half as far apart as above it, so more is rounded down to it than up. A row's
+    largest value is held as it is: one that outweighs all others makes its row too large by as much.
     """
     numbers = [1 + k * torch.finfo(TYPE).eps for k in range(round(1 / torch.finfo(TYPE).eps) + 1)]
     ends = [1, *((low + high) / 2 for low, high in pairwise(numbers)), 2]
@@ -63,7 +64,7 @@ def widened(step: int) -> float:
     The type has as many numbers between a power of two and the next as between the next two, so that what a value is
     rounded by goes round once while its scale doubles. Multiples of the golden ratio modulo 1 lie far apart, however
     many they are (Knuth, The Art of Computer Programming, volume 3, section 6.4): over steps a value's errors cancel,
-    but for a factor of 0.9993 that all values share.
+    but for a part that all values share and `MENDED` makes up for.
     """
     return math.pow(2, step // STEPS * GOLDEN % 1)
 
@@ -113,9 +114,13 @@ def _by_kernel(weight: torch.Tensor, state: Any) -> bool:
     return state is not None and weight.is_cuda and eight_bits.readable(state)
 
 
+def _has_kernel(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
 def _rounded(x: torch.Tensor, wider: float) -> Scaled:
     """x [N, K] over a scale a row, that much wider than it need be."""
-    if x.is_cuda:
+    if _has_kernel(x):
         return eight_bits.rows_in_eight_bits(x, wider, MENDED)
     wide = x.float()
     scales = (wide.abs().amax(1, keepdim=True) * (wider / LARGEST)).clamp_(min=1e-30)

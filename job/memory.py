@@ -17,7 +17,7 @@ from job.activations import (
     on_host_bytes,
     working_bytes,
 )
-from job.gathered import Moment, gathered_bytes, shards, stored_width
+from job.gathered import Moment, gathered_bytes, shards, stored_width, whole_bytes
 from job.shape import Shape
 from job.trained import largest_trained, trained_tensors
 from job.zero import copies_gradients, swap_buffers
@@ -105,7 +105,9 @@ def memory(shape: Shape, job: Job) -> Memory:
         Item("gradients", job.item * trained / (1 if job.strategy == "replicate" else job.ranks) / GIB),
         *_optimizer(trained, job),
     ]
-    if shards(job):  # for the whole run; stages 1 and 2 make them at each backward's first gradient (deepspeed 0.19.8)
+    if shards(job):
+        held.append(Item("small weights, whole", whole_bytes(shape, job) / GIB))
+        # buckets for the whole run; stages 1 and 2 make them at each backward's first gradient (deepspeed 0.19.8)
         held.append(_buckets(job))
     if job.device == "cuda":
         held += [Item("cuBLAS workspace", CUBLAS_BYTES / GIB), Item("CUDA context", CONTEXT_GIB, counted=False)]

@@ -163,9 +163,11 @@ def test_four_bits_become_eight(wider: float, turned: bool, nested: bool, kind: 
 def test_a_product_with_four_bits_that_became_eight(wider: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "eight_bits", eight_bits, raising=False)
     monkeypatch.setattr(fp8, "_by_kernel", lambda weight, state: eight_bits.readable(state))
-    given: list[float] = []
-    plain = eight_bits.weight_in_eight_bits
-    monkeypatch.setattr(eight_bits, "weight_in_eight_bits", lambda *all_: given.append(all_[3]) or plain(*all_))
+    monkeypatch.setattr(fp8, "_has_kernel", lambda x: True)
+    given: list[tuple[float, ...]] = []
+    weights, rows = eight_bits.weight_in_eight_bits, eight_bits.rows_in_eight_bits
+    monkeypatch.setattr(eight_bits, "weight_in_eight_bits", lambda *all_: given.append(all_[3:5]) or weights(*all_))
+    monkeypatch.setattr(eight_bits, "rows_in_eight_bits", lambda *all_: given.append(all_[1:]) or rows(*all_))
     packed, state = bnb.quantize_4bit(some(96, 128), compress_statistics=True)
     exact = bnb.dequantize_4bit(packed, state)
     x, dy = some(32, 128, seed=1), some(32, 96, seed=2)
@@ -173,7 +175,7 @@ def test_a_product_with_four_bits_that_became_eight(wider: float, monkeypatch: p
     fp8.forward(fp8.scaled(x), packed, state, y, wider)
     fp8.backward(fp8.scaled(dy), packed, state, dx, wider)
     assert distance(y, x @ exact.T) < 2 * CUT and distance(dx, dy @ exact) < 2 * CUT
-    assert given == [wider, wider]
+    assert given == [(1.0, fp8.MENDED), (wider, fp8.MENDED)] * 2, "rows and weight, forward and backward"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -23,7 +23,7 @@ from job.model import add_adapter, build, place
 from job.norm_and_gate import _in_place_of
 from job.pretrained import read_config, read_tensors
 from job.recompute import recompute_activations
-from job.shape import GATES, NORMS, read_shape
+from job.shape import GATES, NORMS, Shape, read_shape
 from job.store import Store
 from job.trained import largest_trained, trained_elements
 from job.weights import stream
@@ -291,10 +291,42 @@ def test_where_layers_are_left_to_deepspeed_as_many_are_whole_as_may_live() -> N
         assert set(whole(left).values()) == {10**9}
 
 
-@pytest.mark.parametrize(("recompute", "peak_gib"), [("full", 5.57), ("none", 29.69)])
-def test_no_less_is_foreseen_than_two_h200s_took_under_zero3(recompute: Any, peak_gib: float) -> None:
-    job = Job("zero3", ranks=2, ranks_per_node=2, micro_batch=4, recompute=recompute)
-    assert peak_gib <= memory(LLAMA_7B, job).allocated_gib <= 1.07 * peak_gib
+def llama_3(hidden: int, intermediate: int, layers: int) -> Shape:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": hidden // 128, "num_key_value_heads": 8, "vocab_size": 128256}
+    config = LLAMA | sizes | heads
+    return read_shape(llama_headers(config), config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "micro_batch", "recompute", "peak_gib"),
+    [
+        (LLAMA_7B, 4, "full", 5.57),
+        (LLAMA_7B, 4, "none", 29.69),
+        (llama_3(8192, 28672, 80), 4, "full", 34.36),
+        (llama_3(8192, 28672, 80), 4, 33, 105.69),
+        (llama_3(16384, 53248, 126), 1, "full", 122.74),
+    ],
+    ids=["7B", "7B, none", "70B", "70B, 33 layers", "405B"],
+)
+def test_what_is_foreseen_is_what_two_h200s_took_under_zero3(
+    shape: Shape, micro_batch: int, recompute: Any, peak_gib: float
+) -> None:
+    job = Job("zero3", ranks=2, ranks_per_node=2, micro_batch=micro_batch, recompute=recompute, storage_bytes=2)
+    assert 0.998 * peak_gib <= memory(shape, job).allocated_gib <= 1.06 * peak_gib
+
+
+def test_small_weights_stay_whole_under_zero3_and_so_does_the_last_layer_behind_a_small_output_layer() -> None:
+    keys = sum(linear.numel * linear.count for linear in LLAMA_70B.linears if linear.name in ("k_proj", "v_proj")) / 2
+    stays = {
+        limit: gib(eight("zero3", persistence=limit, storage_bytes=2), "small") * GIB for limit in (10**6, 3 * 10**6)
+    }
+    assert stays == {10**6: 0, 3 * 10**6: keys} and keys == 80 * 1024 * 8192
+    assert gib(eight("replicate", persistence=10**9), "small") == 0
+    kept = 2 * LLAMA_70B.kept + LLAMA_70B.quantized / 2
+    assert gib(eight("zero3", persistence=10**9), "small") * GIB == kept
+    layer = LLAMA_70B.layer_quantized / 2 + 2 * (LLAMA_70B.layer - LLAMA_70B.layer_quantized)
+    assert set(whole(eight("zero3", persistence=10**9)).values()) == {round(2 * layer) + 2 * 32000 * 8192}
 
 
 def test_inputs_of_layers_that_are_on_the_host_are_two_on_the_gpu() -> None:
