@@ -50,12 +50,12 @@ def gathered_bytes(shape: Shape, job: Job, moment: Moment) -> float:
     """
     width = stored_width(job)
     layer = width * shape.layer_quantized + job.item * (shape.layer - shape.layer_quantized)
-    largest = job.item * shape.largest_kept
+    largest = job.item * shape.largest_kept * (shape.largest_kept > job.persistence)
     if not gathers_layers(shape, job):
         limit = job.max_live * (job.storage_bytes if width < 1 else job.item)
         return min(width * shape.quantized + job.item * shape.kept, max(limit, layer, largest))
     ahead = layer if job.gathers_ahead and shape.layers > 1 else 0.0
-    if shape.tied or shape.largest_kept <= job.persistence:
+    if shape.tied or not largest:
         return layer + ahead + largest
     whole: dict[Moment, float] = {
         "taking the loss": largest + (0.0 if in_chunks(shape, job) else ahead),

@@ -326,7 +326,7 @@ def test_small_weights_stay_whole_under_zero3_and_so_does_the_last_layer_behind_
     kept = 2 * LLAMA_70B.kept + LLAMA_70B.quantized / 2
     assert gib(eight("zero3", persistence=10**9), "small") * GIB == kept
     layer = LLAMA_70B.layer_quantized / 2 + 2 * (LLAMA_70B.layer - LLAMA_70B.layer_quantized)
-    assert set(whole(eight("zero3", persistence=10**9)).values()) == {round(2 * layer) + 2 * 32000 * 8192}
+    assert set(whole(eight("zero3", persistence=10**9)).values()) == {round(2 * layer)}, "beside the small ones"
 
 
 def test_inputs_of_layers_that_are_on_the_host_are_two_on_the_gpu() -> None:

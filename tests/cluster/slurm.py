@@ -242,8 +242,8 @@ def _start_daemons(cluster: Cluster) -> list[subprocess.Popen[bytes]]:
 
     started = [start(host, "munged", RUN_MUNGED, key) for host in everywhere]
     for host in everywhere:
-        socket = Path(f"/proc/{host.pid}/root/run/munge/munge.socket.2")
-        wait_until(socket.exists, 20, lambda: "munged did not come up")
+        look = host.command("test", "-S", "/run/munge/munge.socket.2")
+        wait_until(lambda look=look: not subprocess.call(look), 20, lambda: "munged did not come up")
     started.append(start(cluster.controller, "slurmctld", RUN_DAEMON, "slurmctld"))
     return started + [start(host, "slurmd", RUN_DAEMON, "slurmd") for host in cluster.hosts.values()]
 
